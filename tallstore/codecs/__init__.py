@@ -1,0 +1,20 @@
+"""Codecs: how the bytes of a chunk are written down. One small file each."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final
+
+from tallstore.codecs.codec import Bytes, Codec
+from tallstore.codecs.planes import ROTATED, PlanesCodec
+from tallstore.codecs.raw import RawCodec
+from tallstore.codecs.zstd import ZstdCodec
+
+__all__ = ["CODECS", "PLANES", "RAW", "ROTATED", "ZSTD", "Bytes", "Codec"]
+
+RAW: Final = RawCodec()
+ZSTD: Final = ZstdCodec()
+PLANES: Final = PlanesCodec()
+
+#: Every codec by its number on disk. Static: a new codec is a file and a line here.
+CODECS: Final = MappingProxyType[int, Codec]({c.number: c for c in (RAW, ZSTD, PLANES)})

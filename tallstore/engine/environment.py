@@ -1,0 +1,317 @@
+"""One LMDB environment per file and process, opened the same way every time.
+
+LMDB forbids opening a file twice in one process (closing either drops the locks of both), so
+handles on one file share an environment, counted here. Each holds a shared ``flock`` on the data
+file for as long as it is open: whoever wants to replace the file must get the exclusive one, so a
+file never changes under LMDB's lock file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from tallstore.engine.datafile import check_data_file
+from tallstore.errors import (
+    CorruptStoreError,
+    NotAStoreError,
+    StoreFullError,
+    StoreIOError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreReadOnlyError,
+)
+
+__all__ = ["Environment", "create_environment", "lmdb_errors", "lock_file", "open_environment"]
+
+#: Address space, not disk; LMDB maps the file into it and never past its end.
+_MAP_SIZE: Final = 1 << 40
+_SMALLEST_MAP: Final = 1 << 28
+_MAX_READERS: Final = 510
+
+
+def lock_file(path: Path) -> Path:
+    """Where LMDB keeps its reader table for the data file at `path`."""
+    return path.with_name(path.name + "-lock")
+
+
+@contextmanager
+def lmdb_errors(path: Path, *, doing: str, needed: int | None = None) -> Iterator[None]:
+    """Turn what LMDB and the operating system raise into errors that say what to do.
+
+    Parameters
+    ----------
+    path
+        The store's file.
+    doing
+        What was going on: "open", "write".
+    needed
+        Bytes that were about to be written.
+    """
+    try:
+        yield
+    except lmdb.Error as exc:
+        raise _translated(exc, path, doing, needed) from exc
+    except OSError as exc:
+        raise _os_translated(exc.errno, path, doing, needed, str(exc)) from exc
+
+
+def _translated(exc: lmdb.Error, path: Path, doing: str, needed: int | None) -> Exception:
+    if isinstance(exc, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError)):
+        return CorruptStoreError(f"{path}: cannot {doing}, LMDB's tree is damaged: {exc}")
+    if isinstance(exc, (lmdb.InvalidError, lmdb.VersionMismatchError)):
+        return NotAStoreError(f"{path}: cannot {doing}, not an LMDB file of this version: {exc}")
+    if isinstance(exc, lmdb.ReadersFullError):
+        return StoreLockedError(
+            f"{path}: cannot {doing}, all {_MAX_READERS} reader slots are taken; close readers"
+        )
+    if isinstance(exc, lmdb.ReadonlyError):
+        return StoreReadOnlyError(f"{path}: cannot {doing}, it was opened read-only")
+    # py-lmdb puts LMDB's return code, an errno for system errors, at the end of the text only
+    # for some classes; `code` is there from 2.0 on.
+    code = getattr(exc, "code", 0)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
+        if code == number or os.strerror(number) in str(exc):
+            return _os_translated(number, path, doing, needed, str(exc))
+    if isinstance(exc, lmdb.MapFullError):
+        return StoreFullError(f"{path}: cannot {doing}, the map of {_MAP_SIZE} bytes is full")
+    return StoreIOError(f"{path}: cannot {doing}: {exc}")
+
+
+def _os_translated(
+    number: int | None, path: Path, doing: str, needed: int | None, text: str
+) -> Exception:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        room = f" (at least {needed} more bytes are needed)" if needed else ""
+        return StoreFullError(
+            f"{path}: cannot {doing}, no space left on the device{room}; "
+            "what was stored before is intact. Free some space and try again"
+        )
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return StoreReadOnlyError(f"{path}: cannot {doing}, no permission to write there ({text})")
+    if number == errno.ENOENT:
+        return StoreNotFoundError(f"{path}: no such file or directory")
+    return StoreIOError(f"{path}: cannot {doing}: {text}")
+
+
+@dataclass(eq=False)
+class Environment:
+    """A counted LMDB environment; use `open_environment` and `close`."""
+
+    path: Path
+    lmdb: lmdb.Environment
+    writable: bool
+    presence: int
+    """File descriptor that holds the shared flock."""
+    key: tuple[int, int] | None = None
+    handles: int = 1
+    process: int = field(default_factory=os.getpid)
+
+    def close(self) -> None:
+        """Give one handle back; the last one closes the environment."""
+        with _REGISTRY.lock:
+            self.handles -= 1
+            if self.handles:
+                return
+            if self.key is not None and _REGISTRY.opened.get(self.key) is self:
+                del _REGISTRY.opened[self.key]
+            if self.process == os.getpid():
+                self.lmdb.close()
+                self._remove_lock_file()
+            os.close(self.presence)
+
+    def _remove_lock_file(self) -> None:
+        """Leave no litter: LMDB's lock file goes with the last user of the data file."""
+        if self.key is None or not self.writable:
+            return
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self.presence), self.path.stat()):
+                lock_file(self.path).unlink(missing_ok=True)
+
+    def replace_with(self, other: Path, *, timeout: float) -> None:
+        """Put the file `other` into this one's place, and close this handle.
+
+        Waits until no other handle, in any process, is open: LMDB's lock file goes by name, and
+        must never serve two files at once.
+
+        Raises
+        ------
+        StoreLockedError
+            Others still had it open after `timeout` seconds; nothing was changed.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.try_exclusive():
+            if time.monotonic() >= deadline:
+                raise StoreLockedError(
+                    f"{self.path}: in use by another reader; close it and try again, or wait "
+                    f"longer than {timeout:g} s (timeout=). Nothing was changed"
+                )
+            time.sleep(0.05)
+        with _REGISTRY.lock, lmdb_errors(self.path, doing="replace"):
+            self.lmdb.close()
+            if self.key is not None:
+                del _REGISTRY.opened[self.key]
+            self.handles = 0
+            # First the lock file, then the data file: whoever comes between waits for the flock.
+            lock_file(self.path).unlink(missing_ok=True)
+            os.replace(other, self.path)
+            os.close(self.presence)
+
+    def in_use_elsewhere(self) -> bool:
+        """Whether another process has the file open at this moment."""
+        try:
+            fcntl.flock(self.presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            fcntl.flock(self.presence, fcntl.LOCK_SH)
+        return False
+
+    def try_exclusive(self) -> bool:
+        """Whether this is the only open handle on the file, in any process; holds others off."""
+        with _REGISTRY.lock:
+            if self.handles != 1:
+                return False
+            try:
+                fcntl.flock(self.presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                # A failed upgrade may have dropped the shared lock: take it again.
+                fcntl.flock(self.presence, fcntl.LOCK_SH)
+                return False
+            return True
+
+
+class _Registry:
+    """The open environments of this process, by device and inode."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.opened: dict[tuple[int, int], Environment] = {}
+        self.inherited: list[Environment] = []
+
+    def forget(self) -> None:
+        """In a forked child: LMDB's handles belong to the parent; keep them, never close them."""
+        self.lock = threading.RLock()
+        self.inherited.extend(self.opened.values())
+        self.opened = {}
+
+
+# The one piece of process-wide state: LMDB itself demands it.
+_REGISTRY: Final = _Registry()
+os.register_at_fork(after_in_child=_REGISTRY.forget)
+
+
+def _lmdb_open(
+    path: Path, *, readonly: bool, lock: bool, create: bool, sync: bool = True
+) -> lmdb.Environment:
+    options: dict[str, Any] = {
+        "sync": sync,
+        "subdir": False,
+        "readonly": readonly,
+        "lock": lock,
+        "create": create,
+        "readahead": True,
+        "writemap": False,
+        "meminit": False,
+        "max_readers": _MAX_READERS,
+        "mode": 0o666,
+        "max_spare_txns": 1,
+    }
+    size = _MAP_SIZE
+    if path.exists():
+        size = max(size, 4 * path.stat().st_size)
+    while True:
+        try:
+            try:
+                # py-lmdb 3 carries two formats that cannot read each other: pin the old one.
+                return lmdb.Environment(str(path), map_size=size, lib_version=0, **options)
+            except TypeError:
+                return lmdb.Environment(str(path), map_size=size, **options)
+        except lmdb.MemoryError:
+            # Address space is limited here (ulimit -v): a smaller map, grown when needed.
+            if size <= _SMALLEST_MAP:
+                raise
+            size //= 4
+
+
+def _can_write(path: Path) -> bool:
+    lock = lock_file(path)
+    lockable = os.access(lock, os.W_OK) if lock.exists() else os.access(path.parent, os.W_OK)
+    return os.access(path, os.W_OK) and lockable
+
+
+def _presence(path: Path) -> int:
+    """A descriptor with a shared flock on the file that `path` names right now."""
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def open_environment(path: Path) -> Environment:
+    """Open the LMDB file at `path`, or take another handle on it.
+
+    It is opened for writing wherever the file allows it, since all handles of a process share
+    it; on a read-only file or file system it is opened read-only, without locks if need be.
+
+    Raises
+    ------
+    StoreNotFoundError, NotAStoreError, TruncatedStoreError, StoreIOError
+    """
+    if path.is_dir():
+        raise NotAStoreError(f"{path}: a directory, not a tallstore file")
+    with _REGISTRY.lock, lmdb_errors(path, doing="open"):
+        if not path.exists():
+            raise StoreNotFoundError(f"{path}: no such store")
+        presence = _presence(path)
+        try:
+            status = os.fstat(presence)
+            key = (status.st_dev, status.st_ino)
+            found = _REGISTRY.opened.get(key)
+            if found is not None:
+                found.handles += 1
+                os.close(presence)
+                return found
+            check_data_file(path)
+            writable = _can_write(path)
+            lock = writable or os.access(lock_file(path), os.W_OK)
+            opened = _lmdb_open(path, readonly=not writable, lock=lock, create=False)
+        except BaseException:
+            os.close(presence)
+            raise
+        if lock:
+            opened.reader_check()  # slots of readers that were killed would pin old pages
+        environment = Environment(path, opened, writable, presence, key)
+        _REGISTRY.opened[key] = environment
+        return environment
+
+
+def create_environment(path: Path) -> Environment:
+    """Make an empty LMDB file at `path`, where nothing is yet, for this caller alone.
+
+    Its transactions are not synced one by one: nobody knows the file until it is moved to its
+    place, and `WriteSession.commit` syncs it before that.
+    """
+    with lmdb_errors(path, doing="create"):
+        opened = _lmdb_open(path, readonly=False, lock=False, create=True, sync=False)
+        presence = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(presence, fcntl.LOCK_EX)
+        return Environment(path, opened, True, presence)

@@ -1,0 +1,98 @@
+"""A store built beside its final place and moved there when it is whole and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from tallstore.engine.environment import (
+    Environment,
+    create_environment,
+    lmdb_errors,
+    open_environment,
+)
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import NotAStoreError, StoreNotFoundError
+
+__all__ = ["NewFile", "sync_directory"]
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Some file systems cannot sync a directory; the rename then is as durable as they make it.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class NewFile:
+    """A temporary LMDB file in the directory of `path`, hidden until `publish`.
+
+    The caller holds the `WriterLock` of `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            raise NotAStoreError(f"{path}: a directory is in the way; name a file")
+        if not path.parent.is_dir():
+            raise StoreNotFoundError(f"{path.parent}: no such directory; make it first")
+        self.path = path
+        self._remove_stale()
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self.environment: Environment = create_environment(self._temporary)
+
+    def _remove_stale(self) -> None:
+        """Remove what killed writers left: theirs are the files that nobody holds a lock on."""
+        for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(stale, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stale.unlink()
+                finally:
+                    os.close(descriptor)
+
+    def copy_of(self, environment: Environment) -> None:
+        """Become a compacted copy of another environment, read back chunk by chunk."""
+        descriptor = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.environment.lmdb.close()
+            os.truncate(descriptor, 0)
+            environment.lmdb.copyfd(descriptor, compact=True)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.environment.close()
+        self.environment = create_environment(self._temporary)
+        self.environment.handles += 1
+        snapshot = Snapshot(self.environment)
+        try:
+            for stream in snapshot.manifest.streams.values():
+                for chunk in range(stream.chunks):
+                    snapshot.read_chunk(stream, chunk, None)
+        finally:
+            snapshot.close()
+
+    def publish(self, *, timeout: float) -> None:
+        """Move the file to its place, over the store that is there, if any; all or nothing."""
+        with lmdb_errors(self.path, doing="write"):
+            os.fsync(self.environment.presence)
+            self.environment.close()
+            if self.path.exists():
+                open_environment(self.path).replace_with(self._temporary, timeout=timeout)
+            else:
+                self._temporary.rename(self.path)
+            sync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it is still there."""
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+        if self.environment.handles:
+            self.environment.close()

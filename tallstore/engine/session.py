@@ -1,0 +1,266 @@
+"""A write: chunks go in under streams nobody refers to yet, then the manifest flips.
+
+Chunks are committed in bounded transactions by one thread while other threads encode the next
+ones. Until the manifest of the new generation is committed, readers and a crash see the old one;
+what a killed write left behind belongs to no live stream, and the next write removes it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+from tallstore.codecs import Bytes
+from tallstore.engine.chunk import Encoding, open_chunk, seal_chunk
+from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
+from tallstore.engine.manifest import Manifest
+from tallstore.errors import CorruptStoreError, TallstoreError
+
+__all__ = ["StreamWriter", "WriteSession", "reclaim"]
+
+#: Bytes of chunks a transaction; LMDB holds them a second time while it is open.
+_BATCH: Final = 64 << 20
+#: Bytes of sealed chunks that may wait for the disk.
+_BACKLOG: Final = 96 << 20
+#: Chunks a transaction removes when space is reclaimed.
+_RECLAIM: Final = 4096
+
+
+class StreamWriter:
+    """One stream being written; `put` is thread-safe and takes chunks in any order."""
+
+    def __init__(self, session: WriteSession, number: int, chunk_size: int) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self.number = number
+        self.chunk_size = chunk_size
+        self.raw = 0
+        self.stored = 0
+
+    def put(self, chunk: int, data: Bytes, *, encoding: Encoding) -> None:
+        """Seal chunk number `chunk` and hand it to the disk."""
+        key = chunk_key(self.number, chunk)
+        value = seal_chunk(data, store=self._session.store, key=key, encoding=encoding)
+        with self._lock:
+            self.raw += data.size
+            self.stored += len(value)
+        self._session._enqueue(key, value)
+
+    def record(self) -> Stream:
+        """The finished stream."""
+        return Stream(self.number, self.chunk_size, self.raw, self.stored)
+
+
+class WriteSession:
+    """All the chunks of one commit. The caller holds the store's `WriterLock`.
+
+    Parameters
+    ----------
+    environment
+        Where to write; the session takes no handle of its own.
+    before
+        The manifest in force, or a new one for a new store.
+    """
+
+    def __init__(self, environment: Environment, before: Manifest) -> None:
+        self._environment = environment
+        self._before = before
+        self._next = before.next_stream
+        self._writers: list[StreamWriter] = []
+        self._queue: queue.Queue[tuple[bytes, bytearray] | None] = queue.Queue()
+        self._room = threading.Condition()
+        self._waiting = 0
+        self._failure: BaseException | None = None
+        self._committed = False
+        self._thread = threading.Thread(target=self._drain, name="tallstore-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def store(self) -> bytes:
+        """The store's identity."""
+        return self._before.store
+
+    def __enter__(self) -> WriteSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._committed:
+            self.abort()
+
+    def stream(self, chunk_size: int) -> StreamWriter:
+        """Begin a stream."""
+        writer = StreamWriter(self, self._next, chunk_size)
+        self._next += 1
+        self._writers.append(writer)
+        return writer
+
+    def step(self, name: str) -> None:
+        """Called at each named point of a write; tests replace it to stop there."""
+
+    # -- chunks ---------------------------------------------------------------------------
+
+    def _enqueue(self, key: bytes, value: bytearray) -> None:
+        with self._room:
+            self._room.wait_for(
+                lambda: (
+                    self._failure is not None
+                    or not self._waiting
+                    or self._waiting + len(value) <= _BACKLOG
+                )
+            )
+            if self._failure is not None:
+                raise self._failure
+            self._waiting += len(value)
+        self._queue.put((key, value))
+
+    def _drain(self) -> None:
+        """The writer thread: LMDB ties a write transaction to its thread."""
+        try:
+            while self._drain_batch():
+                pass
+        except BaseException as exc:  # handed to whoever puts or commits next
+            with self._room:
+                self._failure = exc
+                self._room.notify_all()
+
+    def _drain_batch(self) -> bool:
+        item = self._queue.get()
+        batch: list[tuple[bytes, bytearray]] = []
+        size = 0
+        while item is not None:
+            batch.append(item)
+            size += len(item[1])
+            if size >= _BATCH:
+                break
+            item = self._queue.get()
+        if batch and self._failure is None:
+            self._write(batch, size)
+        with self._room:
+            self._waiting -= size
+            self._room.notify_all()
+        return item is not None
+
+    def _write(self, batch: list[tuple[bytes, bytearray]], size: int) -> None:
+        self.step("chunks")
+        environment = self._environment
+        with lmdb_errors(environment.path, doing="write", needed=size):
+            with environment.lmdb.begin(write=True) as transaction:
+                for key, value in batch:
+                    transaction.put(key, value)
+            self._fit_file()
+            self._read_back([key for key, _ in batch])
+
+    def _fit_file(self) -> None:
+        # LMDB never writes a page that it allocated and freed within one transaction; where that
+        # was the last one the file ends early, which would look like a truncated file.
+        environment = self._environment
+        pages = environment.lmdb.info()["last_pgno"] + 1
+        needed = pages * environment.lmdb.stat()["psize"]
+        if os.stat(environment.path).st_size < needed:
+            os.truncate(environment.path, needed)
+
+    def _read_back(self, keys: list[bytes]) -> None:
+        """No save succeeds with other bytes than it was given: check what the file gives back."""
+        with self._environment.lmdb.begin(buffers=True) as transaction:
+            for key in keys:
+                value = transaction.get(key)
+                what = f"{self._environment.path}: read back of chunk {split_key(key)}"
+                if value is None:
+                    raise CorruptStoreError(f"{what}: it is not there")
+                open_chunk(value, None, store=self.store, key=key, what=what)
+
+    def _finish(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- commit ---------------------------------------------------------------------------
+
+    def commit(self, body: Mapping[str, Any], *, live: frozenset[int], written_by: str) -> Manifest:
+        """Make everything visible at once.
+
+        Parameters
+        ----------
+        body
+            The new manifest's body.
+        live
+            The streams, old and new, that `body` refers to; all others are removed afterwards.
+        written_by
+            The program, for people.
+        """
+        self._finish()
+        known = dict(self._before.streams)
+        known.update((writer.number, writer.record()) for writer in self._writers)
+        after = Manifest(
+            store=self.store,
+            generation=self._before.generation + 1,
+            next_stream=self._next,
+            streams={number: known[number] for number in sorted(live)},
+            body=body,
+            written_by=written_by,
+        )
+        value = after.to_bytes()
+        environment = self._environment
+        with lmdb_errors(environment.path, doing="commit", needed=len(value)):
+            environment.lmdb.sync(True)
+            self.step("synced")
+            with environment.lmdb.begin(write=True) as transaction:
+                transaction.put(MANIFEST_KEY, value)
+                self.step("manifest")
+            environment.lmdb.sync(True)
+            self.step("committed")
+            self._committed = True
+            self._fit_file()
+        reclaim(environment, after, step=self.step)
+        return after
+
+    def abort(self) -> None:
+        """Give up: nothing becomes visible, and the chunks written so far are removed."""
+        with self._room:
+            self._failure = self._failure or CorruptStoreError("the write was given up")
+            self._room.notify_all()
+        self._queue.put(None)
+        self._thread.join()
+        with contextlib.suppress(TallstoreError):
+            # What cannot be removed now, on a full disk say, the next write removes.
+            reclaim(self._environment, self._before)
+
+
+def reclaim(
+    environment: Environment, manifest: Manifest, *, step: Callable[[str], None] | None = None
+) -> int:
+    """Remove the chunks of streams that `manifest` does not know; returns how many there were."""
+    removed = 0
+    with lmdb_errors(environment.path, doing="reclaim space"):
+        while doomed := _unreferenced(environment, manifest):
+            if step is not None:
+                step("reclaim")
+            with environment.lmdb.begin(write=True) as transaction:
+                for key in doomed:
+                    transaction.delete(key)
+            removed += len(doomed)
+    return removed
+
+
+def _unreferenced(environment: Environment, manifest: Manifest) -> list[bytes]:
+    doomed: list[bytes] = []
+    with environment.lmdb.begin() as transaction:
+        for key in transaction.cursor().iternext(keys=True, values=False):
+            place = split_key(key)
+            if place is not None and place[0] not in manifest.streams:
+                doomed.append(bytes(key))
+                if len(doomed) == _RECLAIM:
+                    break
+    return doomed

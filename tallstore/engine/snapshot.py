@@ -1,0 +1,126 @@
+"""What a reader sees: one generation of a store, for as long as it likes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tallstore.codecs import Bytes
+from tallstore.engine.chunk import HEADER_SIZE, open_chunk
+from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
+from tallstore.engine.manifest import Manifest
+from tallstore.errors import CorruptStoreError, NotAStoreError, StoreClosedError
+
+__all__ = ["Snapshot"]
+
+
+class Snapshot:
+    """One LMDB read transaction and the manifest in it.
+
+    It holds a handle on `environment`, given back by `close`. Reading chunks is thread-safe.
+
+    Raises
+    ------
+    NotAStoreError, NewerFormatError, CorruptStoreError
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.path: Path = environment.path
+        self._environment: Environment | None = environment
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        with lmdb_errors(self.path, doing="read"):
+            self._transaction = environment.lmdb.begin(buffers=True)
+            try:
+                value = self._transaction.get(MANIFEST_KEY)
+                if value is None:
+                    raise NotAStoreError(f"{self.path}: an LMDB file, but not a tallstore")
+                self.manifest = Manifest.from_bytes(value, what=str(self.path))
+            except BaseException:
+                self._transaction.abort()
+                raise
+
+    def close(self) -> None:
+        """End the transaction, so that its pages can be used again."""
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            if self._process == os.getpid():
+                self._transaction.abort()
+            environment.close()
+
+    def stream(self, number: int) -> Stream:
+        """The record of a live stream."""
+        try:
+            return self.manifest.streams[number]
+        except KeyError:
+            raise CorruptStoreError(
+                f"{self.path}: stream {number} is referred to but not in the manifest"
+            ) from None
+
+    def _value(self, key: bytes, what: str) -> memoryview:
+        if self._environment is None or self._process != os.getpid():
+            raise StoreClosedError(
+                f"{self.path}: this handle was closed, or opened before a fork; open it again"
+            )
+        with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
+            value = self._transaction.get(key)
+        if value is None:
+            raise CorruptStoreError(f"{what} is missing from the store")
+        return value
+
+    def read_chunk(self, stream: Stream, chunk: int, out: Bytes | None) -> None:
+        """Check one chunk and decode it into `out` (None: only check it).
+
+        Raises
+        ------
+        ChecksumError, CorruptStoreError
+        """
+        what = f"{self.path}: stream {stream.number}, chunk {chunk}"
+        key = chunk_key(stream.number, chunk)
+        value = self._value(key, what)
+        if len(value) > HEADER_SIZE + stream.stored:
+            # Before a byte is touched: a damaged length would lead past the file's end.
+            raise CorruptStoreError(f"{what}: {len(value)} bytes, more than its whole stream")
+        try:
+            open_chunk(value, out, store=self.manifest.store, key=key, what=what)
+        finally:
+            value.release()
+
+    def read(self, stream: Stream, start: int, out: Bytes) -> None:
+        """Fill `out` with the stream's raw bytes from `start` on, whatever chunks they lie in."""
+        if start + out.size > stream.raw:
+            raise CorruptStoreError(
+                f"{self.path}: bytes {start}..{start + out.size} of stream {stream.number}, "
+                f"which has {stream.raw}"
+            )
+        filled = 0
+        while filled < out.size:
+            chunk, within = divmod(start + filled, stream.chunk_size)
+            size = stream.raw_size(chunk)
+            count = min(size - within, out.size - filled)
+            if count == size:
+                self.read_chunk(stream, chunk, out[filled : filled + count])
+            else:
+                whole = np.empty(size, np.uint8)
+                self.read_chunk(stream, chunk, whole)
+                out[filled : filled + count] = whole[within : within + count]
+            filled += count
+
+    def keys(self) -> Iterator[bytes]:
+        """Every key in the file, in order."""
+        with lmdb_errors(self.path, doing="list its keys"):
+            for key in self._transaction.cursor().iternext(keys=True, values=False):
+                yield bytes(key)
+
+    def stored_sizes(self) -> tuple[int, int]:
+        """(bytes of the file that pages in use take, bytes of the file)."""
+        if self._environment is None:
+            raise StoreClosedError(f"{self.path}: this handle was closed; open it again")
+        stat = self._environment.lmdb.stat()
+        pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + 2
+        return pages * stat["psize"], self.path.stat().st_size

@@ -1,0 +1,85 @@
+"""One writer at a time, for the whole of a write and not only for one LMDB transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from tallstore.engine.environment import lmdb_errors
+from tallstore.errors import StoreLockedError
+
+__all__ = ["WriterLock"]
+
+_POLL: Final = 0.05  # seconds
+
+
+class WriterLock:
+    """An exclusive ``flock`` on ``NAME-writer`` beside the store, held while a write is under way.
+
+    The kernel drops it with the process, so a killed writer locks nobody out; the empty file that
+    it leaves is taken over by the next one and removed at its end.
+
+    Parameters
+    ----------
+    path
+        The store's file.
+    timeout
+        Seconds to wait for another writer.
+    """
+
+    def __init__(self, path: Path, *, timeout: float) -> None:
+        self._path = path.with_name(path.name + "-writer")
+        self._store = path
+        self._timeout = timeout
+        self._descriptor = -1
+
+    def __enter__(self) -> WriterLock:
+        deadline = time.monotonic() + self._timeout
+        with lmdb_errors(self._store, doing="lock it for writing"):
+            while not self._try():
+                if time.monotonic() >= deadline:
+                    raise StoreLockedError(
+                        f"{self._store}: another process{self._holder()} is writing to it; "
+                        f"waited {self._timeout:g} s. Try again, or wait longer (timeout=)"
+                    )
+                time.sleep(_POLL)
+        return self
+
+    def _try(self) -> bool:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder removes the file at its end: a lock on a removed file locks nothing.
+            if os.path.samestat(os.fstat(descriptor), self._path.stat()):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                self._descriptor = descriptor
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return False
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            return f" (pid {int(self._path.read_bytes()[:20])})"
+        return ""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = -1
