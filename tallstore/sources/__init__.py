@@ -1,0 +1,1 @@
+"""Reading checkpoints from wherever they are. One small file a kind of source."""
