@@ -1,0 +1,260 @@
+"""The functions most people need: save, load, open, pack, add, compact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from tallstore.store import StorePath, TallStore, store_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from tallstore.merging import MergeRule
+    from tallstore.packing.choosing import Evaluate
+    from tallstore.progress import Report
+
+__all__ = ["add", "compact", "load", "open", "pack", "save"]
+
+
+def save(
+    obj: Any,
+    path: StorePath,
+    *,
+    task: str | None = None,
+    overwrite: bool = False,
+    compress: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> None:
+    """Save an object losslessly; in place of ``torch.save``.
+
+    The file is there whole, and on disk, when this returns; if it fails or is killed, what was
+    there before still is.
+
+    Parameters
+    ----------
+    obj
+        Any nesting of dict, OrderedDict, list, tuple, set, frozenset, str, bytes, int, float,
+        complex, bool, None, torch.Size, dtypes, devices, numpy arrays and scalars, and tensors
+        of every dtype, layout and stride; a `torch.nn.Module` stands for its state dict.
+    path
+        The store's file, such as ``"model.tall"``. Without `task` it is made, or replaced.
+    task
+        Store the object as a task of the store at `path`: an exact difference from its base.
+    overwrite
+        Allow replacing a store that has tasks, or the task of that name.
+    compress
+        Compress weights too: floats shrink by a sixth (float32) to a third (bfloat16), and
+        saving takes longer.
+    timeout
+        Seconds to wait for another writer.
+    report
+        Called with (stage, bytes done, bytes in all).
+
+    Raises
+    ------
+    UnsupportedObjectError
+        Something in `obj` cannot be stored; the message gives its path.
+    StoreExistsError, TaskExistsError
+        Something would be lost; see `overwrite`.
+    StoreFullError, StoreReadOnlyError, StoreLockedError, NotAStoreError
+        The place does not take it.
+    """
+    from tallstore.objects import ObjectSource
+    from tallstore.writing import append_tasks, write_object
+
+    place = store_path(path)
+    with ObjectSource(obj) as source:
+        if task is None:
+            write_object(
+                place,
+                source,
+                overwrite=overwrite,
+                compress=compress,
+                timeout=timeout,
+                report=report,
+            )
+        else:
+            append_tasks(
+                place,
+                {task: source},
+                overwrite=overwrite,
+                strict=False,
+                compress=compress,
+                timeout=timeout,
+                report=report,
+            )
+
+
+def load(
+    path: StorePath,
+    *,
+    task: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    names: Iterable[str] | None = None,
+    out: Any = None,
+    fidelity: str | None = None,
+    report: Report | None = None,
+) -> Any:
+    """Load what was saved or packed; in place of ``torch.load``. Every byte read is verified.
+
+    Parameters
+    ----------
+    path
+        The store's file.
+    task
+        A task's name; None for the base, which is what a plain `save` stored.
+    device
+        Where tensors go; None for the CPU, wherever they were saved from.
+    dtype
+        Convert floating tensors; None keeps theirs.
+    names
+        Load only the tensors of these names (shell patterns such as ``"encoder.*"`` allowed),
+        reading only the chunks that hold them; the result is a dict of tensors by name.
+    out
+        A dict of tensors, or a module: filled in place, without a second copy of the weights.
+    fidelity
+        ``"exact"`` insists on the exact tier, ``"codes"`` leaves it unread; None takes the best
+        that is there.
+    report
+        Called with (stage, bytes done, bytes in all).
+
+    Returns
+    -------
+    object
+        What was saved; a dict of tensors where `names` is given; `out` where that is.
+
+    Raises
+    ------
+    StoreNotFoundError, NotAStoreError, NewerFormatError
+        There is no such store.
+    UnknownTaskError, UnknownTensorError
+        There is no such task or tensor.
+    TruncatedStoreError, ChecksumError, CorruptStoreError
+        The file is damaged; nothing wrong is ever returned.
+    MismatchError
+        `out` does not fit.
+    """
+    with TallStore(path) as store:
+        return store.load(
+            task,
+            device=device,
+            dtype=dtype,
+            names=names,
+            out=out,
+            fidelity=fidelity,
+            report=report,
+        )
+
+
+def open(path: StorePath, mode: str = "r", *, timeout: float = 60.0) -> TallStore:
+    """Open a store; see `TallStore`."""
+    return TallStore(path, mode, timeout=timeout)
+
+
+def pack(
+    path: StorePath,
+    base: Any,
+    tasks: Mapping[str, Any],
+    *,
+    merge: str | MergeRule = "ta",
+    tall_lambda: float | Sequence[float] | None = None,
+    evaluate: Evaluate | None = None,
+    vector_dtype: str = "bfloat16",
+    exact: bool = False,
+    overwrite: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> list[str]:
+    """Pack a base and its fine-tunes: one shared vector, and a TALL mask per task.
+
+    Memory is bounded, whatever the size and number of checkpoints: they are read span by span.
+
+    Parameters
+    ----------
+    path
+        The store to make.
+    base
+        The pretrained checkpoint: a path (safetensors file, model directory, ``.pt``), a
+        ``STORE`` or ``STORE::TASK``, a state dict or a module.
+    tasks
+        The fine-tunes by name, each given like `base`.
+    merge
+        ``"ta"`` (the sum of the task vectors), ``"ties"``, or a rule object.
+    tall_lambda
+        The masks' lambda; several to choose from by `evaluate`; None for the default.
+    evaluate
+        ``evaluate(task, state_dict) -> score``, higher is better, on validation data: called
+        with the weights just as they will load, for each lambda. Ties go to the smallest.
+    vector_dtype
+        ``"bfloat16"``, ``"float16"`` or ``"float32"``. Masks are made for the rounded vector.
+    exact
+        Keep the residual too: loading then gives back the originals bit for bit. Masks alone
+        are lossy.
+    overwrite
+        Replace a store at `path`.
+    timeout, report
+        As for `save`.
+
+    Returns
+    -------
+    list of str
+        Remarks on what was found: wrappers taken off, names matched, files left out.
+
+    Raises
+    ------
+    EmptyZooError, CheckpointError, MismatchError, TaskNameError, OptionError, StoreExistsError
+    """
+    from tallstore.opening import open_checkpoint
+    from tallstore.packing.pack import pack_zoo
+
+    place = store_path(path)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(base))
+        sources = {n: stack.enter_context(open_checkpoint(what)) for n, what in tasks.items()}
+        return pack_zoo(
+            place,
+            opened,
+            sources,
+            merge=merge,
+            tall_lambda=tall_lambda,
+            evaluate=evaluate,
+            vector_dtype=vector_dtype,
+            exact=exact,
+            overwrite=overwrite,
+            timeout=timeout,
+            report=report,
+        )
+
+
+def add(
+    path: StorePath,
+    tasks: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> list[str]:
+    """Add tasks to a store, each an exact difference from its base; others are not touched.
+
+    A mask only serves tasks that the shared vector was merged from, so a newcomer is stored
+    exactly; `pack` all originals again for masks.
+    """
+    with TallStore(path, "a", timeout=timeout) as store:
+        return store.add(tasks, overwrite=overwrite, report=report)
+
+
+def compact(path: StorePath, *, timeout: float = 60.0) -> tuple[int, int]:
+    """Rewrite a store without the space that removed tasks left; returns bytes before and after.
+
+    Raises
+    ------
+    StoreLockedError
+        Another handle on the store is open.
+    """
+    from tallstore.writing import compact_store
+
+    return compact_store(store_path(path), timeout=timeout)

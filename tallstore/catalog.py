@@ -1,0 +1,173 @@
+"""The manifest's body: what the store's streams mean, small enough to list at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tallstore import strictjson
+from tallstore.errors import CorruptStoreError, TaskNameError
+
+__all__ = ["BaseRecord", "Catalog", "TaskRecord", "VectorRecord", "check_task_name"]
+
+_MAX_NAME = 255
+
+
+def check_task_name(name: object) -> str:
+    """`name`, if it can be a task's.
+
+    Raises
+    ------
+    TaskNameError
+        Not text, empty, too long, or a path: a task's name becomes a directory on `unpack`.
+    """
+    if not isinstance(name, str) or not name:
+        raise TaskNameError(f"{name!r}: a task's name is non-empty text")
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME:
+        raise TaskNameError(f"{name[:40]!r}...: a task's name has at most {_MAX_NAME} bytes")
+    if name in (".", "..") or any(c in name for c in "/\\") or not name.isprintable():
+        raise TaskNameError(
+            f"{name!r}: a task's name is one plain word, no path and no control characters"
+        )
+    if name != name.strip() or name.startswith("-") or "=" in name or "::" in name:
+        raise TaskNameError(
+            f"{name!r}: a task's name has no blanks around it, no '=' and no '::', "
+            "and does not begin with '-'"
+        )
+    return name
+
+
+def _read(cls: type[Any], record: Mapping[str, Any], what: str) -> Any:
+    """A flat dataclass from its JSON; unknown fields are left for newer programs."""
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(cls):
+        kind = {"str": str, "int": int, "float": float, "bool": bool}.get(str(entry.type))
+        if kind is not None:
+            values[entry.name] = strictjson.field(record, entry.name, kind, what=what)
+        elif str(entry.type).startswith("tuple[int"):
+            values[entry.name] = tuple(strictjson.list_field(record, entry.name, int, what=what))
+        elif str(entry.type).startswith("tuple[str"):
+            values[entry.name] = tuple(strictjson.list_field(record, entry.name, str, what=what))
+        elif str(entry.type) == "float | None":
+            values[entry.name] = strictjson.optional(record, entry.name, float, what=what)
+        else:
+            values[entry.name] = strictjson.str_keys(record, entry.name, what=what)
+    return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRecord:
+    """The base in a few words."""
+
+    document: int
+    """Stream of its `BaseDocument`."""
+    streams: tuple[int, ...]
+    """All its streams."""
+    identity: str
+    """Content hash, hexadecimal."""
+    label: str
+    kind: str
+    tensors: int
+    weights: int
+    """Elements of all tensors' segments."""
+    nbytes: int
+    """Bytes of the original's tensors and files."""
+    created: str
+    """ISO 8601, UTC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorRecord:
+    """The shared vector."""
+
+    streams: tuple[int, ...]
+    """A stream for each arena of the base; 0 where the arena is not coded."""
+    dtype: str
+    rule: str
+    parameters: Mapping[str, Any]
+    tasks: tuple[str, ...]
+    """The tasks it was merged from, in order."""
+    created: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord:
+    """A task in a few words."""
+
+    document: int
+    """Stream of its `TaskDocument`."""
+    streams: tuple[int, ...]
+    """All its streams."""
+    base: str
+    """Identity of the base it was written against."""
+    label: str
+    kind: str
+    code: str
+    """``"tall"``, or ``"none"`` where the base alone predicts it."""
+    bits: int
+    """Planes."""
+    tall_lambda: float | None
+    exact: bool
+    """Whether loading gives back the original bit for bit."""
+    tensors: int
+    weights: int
+    coded: int
+    """Weights that are coded."""
+    own: int
+    """Weights kept as they are: heads, what the base lacks."""
+    density: float | None
+    """Fraction of ones over the coded weights."""
+    relative_error: float | None
+    """Of the codes alone, without the residual: norm of the error / norm of the task vector."""
+    score: float | None
+    """What the caller's `evaluate` gave for the chosen lambda."""
+    nbytes: int
+    """Bytes of the original's tensors and files."""
+    created: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """Everything a store holds."""
+
+    base: BaseRecord | None = None
+    vector: VectorRecord | None = None
+    tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+
+    def live_streams(self) -> frozenset[int]:
+        """The streams that something here refers to."""
+        live = [s for record in self.tasks.values() for s in (record.document, *record.streams)]
+        if self.base is not None:
+            live += [self.base.document, *self.base.streams]
+        if self.vector is not None:
+            live += [stream for stream in self.vector.streams if stream]
+        return frozenset(live)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {
+            "base": self.base and dataclasses.asdict(self.base),
+            "vector": self.vector and dataclasses.asdict(self.vector),
+            "tasks": {name: dataclasses.asdict(task) for name, task in self.tasks.items()},
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any], *, what: str) -> Catalog:
+        """Read what `to_json` wrote; raises CorruptStoreError at anything else."""
+        base = strictjson.optional(body, "base", dict, what=what)
+        vector = strictjson.optional(body, "vector", dict, what=what)
+        tasks: dict[str, TaskRecord] = {}
+        for name, record in strictjson.str_keys(body, "tasks", what=what).items():
+            try:
+                check_task_name(name)
+            except TaskNameError as exc:
+                raise CorruptStoreError(f"{what}: {exc}") from exc
+            place = f"{what}: task {name!r}"
+            tasks[name] = _read(TaskRecord, strictjson.fields(record, what=place), place)
+        return cls(
+            base=None if base is None else _read(BaseRecord, base, f"{what}: base"),
+            vector=None if vector is None else _read(VectorRecord, vector, f"{what}: vector"),
+            tasks=tasks,
+        )

@@ -1,0 +1,197 @@
+"""From weights to codes and residuals, on the CPU, in float32.
+
+Works on pieces that fit the cache; the callers cut. numpy throughout: bfloat16 comes and goes as
+uint16 bit patterns, since numpy has no such dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tallstore.bits import count_bits, pack_bits
+from tallstore.dtypes import itemsize, torch_dtype
+
+__all__ = [
+    "Bytes",
+    "CodeStats",
+    "add_residual",
+    "from_float32",
+    "residual",
+    "tall_mask",
+    "to_float32",
+]
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+_UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SIGNED: Final = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+_ORDERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+
+def to_float32(raw: Bytes, dtype: str) -> Floats:
+    """Bytes of a codable dtype as float32; a view where they are float32 already."""
+    if dtype == "float32":
+        return raw.view(np.float32)
+    if dtype == "float16":
+        return raw.view(np.float16).astype(np.float32)
+    wide = raw.view(np.uint16).astype(np.uint32)
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)
+
+
+def from_float32(values: Floats, dtype: str) -> Bytes:
+    """Float32 rounded to nearest even into the bytes of a codable dtype."""
+    if dtype == "float32":
+        return np.ascontiguousarray(values).view(np.uint8)
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(torch_dtype(dtype))
+    raw: Bytes = tensor.view(torch.uint8).numpy()
+    return raw
+
+
+@dataclass(slots=True)
+class CodeStats:
+    """Sums over the coded weights of one tensor of one task."""
+
+    weights: int = 0
+    ones: int = 0
+    moved: float = 0.0
+    """Squared norm of the task vector."""
+    error: float = 0.0
+    """Squared norm of reconstruction minus weights."""
+    same: bool = True
+    """Whether every weight equals the base's, bit for bit."""
+    finite: bool = True
+    """Whether every weight is finite, in the base too."""
+
+    def add(self, other: CodeStats) -> None:
+        """Take in the sums of another piece."""
+        self.weights += other.weights
+        self.ones += other.ones
+        self.moved += other.moved
+        self.error += other.error
+        self.same &= other.same
+        self.finite &= other.finite
+
+    @property
+    def density(self) -> float:
+        """Fraction of ones."""
+        return self.ones / self.weights if self.weights else 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over the norm of the task vector; 0 where nothing moved."""
+        return float(np.sqrt(self.error / self.moved)) if self.moved else 0.0
+
+
+def _square_sum(values: Floats) -> float:
+    # In float64 over short rows: float32 sums of a few million squares lose digits.
+    return float(np.einsum("i,i->", values, values, dtype=np.float64, casting="same_kind"))
+
+
+def tall_mask(
+    base: Floats, merged: Floats, finetuned: Floats, *, tall_lambda: float
+) -> tuple[npt.NDArray[np.bool_], Floats, Floats]:
+    """The TALL mask of one task: ``|base - finetuned| > |merged - finetuned| * lambda``.
+
+    The paper's rule (arXiv 2405.07813, equation 5) in the reference's order of operations, all in
+    float32, strictly greater.
+
+    Parameters
+    ----------
+    base, finetuned
+        Float32, shape (n,).
+    merged
+        base + shared vector, rounded to float32, with the vector as it is stored.
+    tall_lambda
+        The threshold's factor, rounded to float32.
+
+    Returns
+    -------
+    mask
+        Bool, shape (n,).
+    from_base, from_merged
+        base - finetuned and merged - finetuned: what the reconstruction errs by where the bit is
+        0 and 1.
+    """
+    from_base = base - finetuned
+    from_merged = merged - finetuned
+    scaled = np.abs(from_merged)
+    np.multiply(scaled, np.float32(tall_lambda), out=scaled)
+    return np.abs(from_base) > scaled, from_base, from_merged
+
+
+def encode_tall(
+    base: Floats, merged: Floats, finetuned: Floats, *, tall_lambda: float
+) -> tuple[Bytes, CodeStats]:
+    """Packed TALL mask of one piece, and its sums; `same` is left to the caller."""
+    mask, from_base, from_merged = tall_mask(base, merged, finetuned, tall_lambda=tall_lambda)
+    moved = _square_sum(from_base)
+    np.copyto(from_base, from_merged, where=mask)
+    error = _square_sum(from_base)
+    packed = pack_bits(mask)
+    finite = bool(np.isfinite(moved + error)) or bool(
+        np.isfinite(finetuned).all() and np.isfinite(base).all()
+    )
+    return packed, CodeStats(base.size, count_bits(packed), moved, error, False, finite)
+
+
+def _ordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Float bit patterns as unsigned integers that order as the floats do."""
+    if dtype not in _ORDERED:
+        return words
+    kind = words.dtype.type
+    top = kind(8 * words.itemsize - 1)
+    negative = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
+    mask: npt.NDArray[Any] = words ^ (negative | (kind(1) << top))
+    return mask
+
+
+def _unordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    if dtype not in _ORDERED:
+        return words
+    kind = words.dtype.type
+    top = kind(8 * words.itemsize - 1)
+    # The top bit is set where the float was positive: those got the sign bit flipped alone.
+    positive = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
+    back: npt.NDArray[Any] = words ^ (~positive | (kind(1) << top))
+    return back
+
+
+def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
+    """The exact tier: zigzag of the integer difference of two runs of bit patterns.
+
+    Parameters
+    ----------
+    actual, predicted
+        Bytes of elements of `dtype`, of 1, 2, 4 or 8 bytes each.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, the same size: ``z = (d << 1) ^ (d >> all)`` of ``d = ordered(actual) -
+        ordered(predicted)`` modulo the word, little endian.
+    """
+    size = itemsize(dtype)
+    kind, signed = _UNSIGNED[size], _SIGNED[size]
+    top = 8 * size - 1
+    difference = _ordered(actual.view(kind), dtype) - _ordered(predicted.view(kind), dtype)
+    sign = (difference.view(signed) >> signed(top)).view(kind)
+    zigzag: Bytes = ((difference << kind(1)) ^ sign).view(np.uint8)
+    return zigzag
+
+
+def add_residual(predicted: Bytes, zigzag: Bytes, dtype: str) -> Bytes:
+    """The inverse of `residual`: the actual bytes."""
+    size = itemsize(dtype)
+    kind = _UNSIGNED[size]
+    words = zigzag.view(kind)
+    difference = (words >> kind(1)) ^ (kind(0) - (words & kind(1)))
+    ordered = _ordered(predicted.view(kind), dtype) + difference
+    raw: Bytes = _unordered(ordered, dtype).view(np.uint8)
+    return raw

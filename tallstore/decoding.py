@@ -1,0 +1,285 @@
+"""From chunks to weights: the prediction of a span, and the residual on top of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from tallstore.catalog import VectorRecord
+from tallstore.coding import Bytes, add_residual, from_float32, to_float32
+from tallstore.documents import CODE, OWN, ArenaCode, BaseDocument, TaskDocument
+from tallstore.dtypes import itemsize, torch_dtype
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import CorruptStoreError
+from tallstore.layout import Layout
+from tallstore.ops import TALL_LEVELS, reconstruct
+from tallstore.specs import SegmentSpec
+
+__all__ = ["Decoder", "Run", "Scratch"]
+
+
+class Scratch(threading.local):
+    """Buffers that each thread reuses: fresh memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Bytes] = {}
+
+    def take(self, name: str, size: int) -> Bytes:
+        """`size` bytes of the calling thread's buffer called `name`, content undefined."""
+        found = self._buffers.get(name)
+        if found is None or found.size < size:
+            found = self._buffers[name] = np.empty(size, np.uint8)
+        return found[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements `start` .. `start` + `count` of a segment of the loaded checkpoint.
+
+    They come from the span being decoded, `within` weights into it.
+    """
+
+    segment: int
+    start: int
+    count: int
+    within: int
+    coded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """One part, seen from what it refers to."""
+
+    segment: int
+    offset: int
+    start: int
+    count: int
+    coded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The decoded chunks of one span."""
+
+    base: Bytes
+    vector: torch.Tensor | None
+    planes: Bytes | None
+    residual: Bytes | None
+    code: ArenaCode | None
+
+
+_SPAN_KEY = tuple[bool, int, int]
+
+
+class Decoder:
+    """Decodes the base, or one task, span by span. Thread-safe.
+
+    A span is named (own, arena, number): `own` tells the task's own arenas from the base's.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        base: BaseDocument,
+        *,
+        task: TaskDocument | None = None,
+        vector: VectorRecord | None = None,
+        exact: bool = True,
+    ) -> None:
+        self._snapshot = snapshot
+        self._base = base
+        self._task = task
+        self._vector = vector
+        self._exact = exact
+        self._codes = {code.arena: code for code in task.codes} if task else {}
+        self._scratch: Final = Scratch()
+        self._links = self._link()
+        self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
+
+    def _link(self) -> dict[tuple[bool, int], list[_Link]]:
+        links: dict[tuple[bool, int], list[_Link]] = defaultdict(list)
+        if self._task is None:
+            for number, segment in enumerate(self._base.contents.segments):
+                links[False, number].append(_Link(number, 0, 0, segment.numel, False))
+            return links
+        for number, parts in enumerate(self._task.parts):
+            offset = 0
+            for part in parts:
+                link = _Link(number, offset, part.start, part.count, part.kind == CODE)
+                links[part.kind == OWN, part.segment].append(link)
+                offset += part.count
+        return links
+
+    def _layout(self, own: bool) -> Layout:
+        return self._task.own_layout if own and self._task else self._base.layout
+
+    def spans(self, wanted: Sequence[int]) -> list[_SPAN_KEY]:
+        """The spans that hold any part of the segments `wanted`, in the order of the streams."""
+        pairs: set[_SPAN_KEY] = set()
+        chosen = set(wanted)
+        for (own, number), links in self._links.items():
+            for link in links:
+                if link.segment in chosen and link.count:
+                    pairs.update(self._link_spans(own, number, link))
+        return sorted(pairs)
+
+    def _link_spans(self, own: bool, number: int, link: _Link) -> Iterator[_SPAN_KEY]:
+        layout = self._layout(own)
+        place = layout.places[number]
+        size = layout.arenas[place.arena].span
+        first = place.offset + link.start
+        for span in range(first // size, (first + link.count - 1) // size + 1):
+            yield own, place.arena, span
+
+    def runs(self, key: _SPAN_KEY) -> Iterator[Run]:
+        """What a span holds of the loaded checkpoint."""
+        own, arena, span = key
+        for piece in self._layout(own).pieces(arena, span):
+            for link in self._links.get((own, piece.segment), ()):
+                start = max(piece.start, link.start)
+                stop = min(piece.start + piece.count, link.start + link.count)
+                if start < stop:
+                    yield Run(
+                        link.segment,
+                        link.offset + start - link.start,
+                        stop - start,
+                        piece.within + start - piece.start,
+                        link.coded,
+                    )
+
+    # -- chunks ---------------------------------------------------------------------------
+
+    def _chunk(self, stream: int, span: int, name: str, into: Bytes | None = None) -> Bytes:
+        record = self._snapshot.stream(stream)
+        if span >= record.chunks:
+            raise CorruptStoreError(
+                f"{self._snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
+            )
+        size = record.raw_size(span)
+        out = self._scratch.take(name, size) if into is None or into.size != size else into
+        self._snapshot.read_chunk(record, span, out)
+        return out
+
+    def load(self, key: _SPAN_KEY, *, into: Bytes | None = None, coded: bool = True) -> _Span:
+        """Read and check the chunks of a span.
+
+        Parameters
+        ----------
+        into
+            Where the elements may be decoded to at once, if their bytes are exactly as many.
+        coded
+            Whether codes are needed.
+
+        Returns
+        -------
+        _Span
+            Valid until the same thread loads the next one.
+        """
+        own, arena, span = key
+        if own and self._task is not None:
+            stream = self._task.own_streams[arena]
+            return _Span(self._chunk(stream, span, "base", into), None, None, None, None)
+        base = self._chunk(self._base.streams[arena], span, "base", into)
+        code = self._codes.get(arena) if coded else None
+        if code is None:
+            return _Span(base, None, None, None, None)
+        planes = vector = residual = None
+        if code.planes is not None:
+            planes = self._chunk(code.planes, span, "planes")
+            vector = self._vector_chunk(arena, span)
+        if code.exact is not None and self._exact:
+            residual = self._chunk(code.exact, span, "residual")
+        return _Span(base, vector, planes, residual, code)
+
+    def _vector_chunk(self, arena: int, span: int) -> torch.Tensor:
+        record = self._vector
+        stream = record.streams[arena] if record and arena < len(record.streams) else 0
+        if record is None or not stream:
+            raise CorruptStoreError(
+                f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
+            )
+        raw = self._chunk(stream, span, "vector")
+        return torch.from_numpy(raw).view(torch_dtype(record.dtype))
+
+    # -- weights --------------------------------------------------------------------------
+
+    def decode(self, data: _Span, key: _SPAN_KEY, run: Run, out: Bytes) -> None:
+        """Fill `out` with the bytes of a run of a loaded span."""
+        own, arena, _ = key
+        dtype = self._layout(own).arenas[arena].dtype
+        size = itemsize(dtype)
+        base = data.base[run.within * size : (run.within + run.count) * size]
+        if not run.coded:
+            np.copyto(out, base)
+            return
+        code = data.code
+        if code is None:
+            raise CorruptStoreError(f"{self._snapshot.path}: a coded part without a code")
+        self._predict(data, code, dtype, base, run, out)
+        if data.residual is not None:
+            wide = itemsize(code.dtype)
+            start = run.within * wide
+            zigzag = data.residual[start : start + run.count * wide]
+            np.copyto(out, add_residual(out, zigzag, code.dtype))
+
+    def _predict(
+        self, data: _Span, code: ArenaCode, dtype: str, base: Bytes, run: Run, out: Bytes
+    ) -> None:
+        planes = vector = None
+        if data.planes is not None and data.vector is not None:
+            first = run.within // 8
+            planes = data.planes[first : first + (run.count + 7) // 8]
+            vector = data.vector[run.within : run.within + run.count]
+        _predict(base, dtype, planes, vector, out, code.dtype)
+
+    def base_and_vector(self, arena: int, span: int) -> tuple[Bytes, Bytes | None]:
+        """The bytes of the base and of the shared vector (None where it has none) over a span.
+
+        Valid until the same thread asks for the next one.
+        """
+        base = self._chunk(self._base.streams[arena], span, "base")
+        record = self._vector
+        if record is None or arena >= len(record.streams) or not record.streams[arena]:
+            return base, None
+        return base, self._chunk(record.streams[arena], span, "vector")
+
+    def predict(
+        self, arena: int, base: Bytes, vector: Bytes | None, planes: Bytes | None, dtype: str
+    ) -> Bytes:
+        """What decoding will predict for weights of which base, vector and planes are at hand."""
+        base_dtype = self._base.layout.arenas[arena].dtype
+        if planes is None and dtype == base_dtype:
+            return base
+        out = self._scratch.take("predicted", base.size // itemsize(base_dtype) * itemsize(dtype))
+        part = None
+        if planes is not None and vector is not None and self._vector is not None:
+            part = torch.from_numpy(vector).view(torch_dtype(self._vector.dtype))
+        _predict(base, base_dtype, planes, part, out, dtype)
+        return out
+
+
+def _predict(
+    base: Bytes,
+    base_dtype: str,
+    planes: Bytes | None,
+    vector: torch.Tensor | None,
+    out: Bytes,
+    dtype: str,
+) -> None:
+    if planes is None:
+        same = dtype == base_dtype
+        np.copyto(out, base if same else from_float32(to_float32(base, base_dtype), dtype))
+        return
+    reconstruct(
+        torch.from_numpy(base).view(torch_dtype(base_dtype)),
+        torch.from_numpy(planes).unsqueeze(0),
+        vector,
+        TALL_LEVELS,
+        torch.from_numpy(out).view(torch_dtype(dtype)),
+    )

@@ -1,0 +1,365 @@
+"""What a base and a task are made of, as strict JSON in a stream of their own.
+
+The manifest stays small, so that listing a store is instant; the names, shapes and parts of every
+tensor are in these documents, read when something is loaded. FORMAT.md gives every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tallstore import strictjson
+from tallstore.dtypes import itemsize
+from tallstore.errors import CorruptStoreError, UnsupportedObjectError
+from tallstore.layout import Layout, lay_out
+from tallstore.specs import JSON, SegmentSpec, TensorSpec, contiguous_stride
+
+__all__ = [
+    "BASE",
+    "CODE",
+    "MAX_DOCUMENT",
+    "OWN",
+    "ArenaCode",
+    "BaseDocument",
+    "Contents",
+    "Part",
+    "SegmentStats",
+    "StoredFile",
+    "TaskDocument",
+]
+
+#: A document above this size is refused.
+MAX_DOCUMENT: Final = 1 << 28
+
+#: The kinds of `Part`: the base's elements as they are; coded against them; the task's own.
+BASE: Final = "b"
+CODE: Final = "c"
+OWN: Final = "o"
+
+_MAX_COUNT: Final = 1 << 60
+_CONJ, _NEG, _PARAMETER, _REQUIRES_GRAD = 1, 2, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint: `nbytes` bytes at `offset` of a stream."""
+
+    path: str
+    nbytes: int
+    stream: int
+    offset: int
+
+
+def _ints(record: object, count: int | None, what: str) -> list[int]:
+    if (
+        not isinstance(record, list)
+        or (count is not None and len(record) != count)
+        or not all(type(item) is int and 0 <= item < _MAX_COUNT for item in record)
+    ):
+        raise CorruptStoreError(f"{what}: {str(record)[:80]} where numbers are expected")
+    return record
+
+
+def _size(dtype: object, what: str) -> str:
+    if type(dtype) is not str:
+        raise CorruptStoreError(f"{what}: {str(dtype)[:80]} where a dtype is expected")
+    try:
+        itemsize(dtype)
+    except UnsupportedObjectError as exc:
+        raise CorruptStoreError(f"{what}: {exc}") from exc
+    return dtype
+
+
+def _items(record: object, count: int, what: str) -> list[Any]:
+    if not isinstance(record, list) or len(record) != count:
+        raise CorruptStoreError(f"{what}: {str(record)[:80]} where {count} items are expected")
+    return record
+
+
+def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
+    flags = (
+        _CONJ * tensor.conj
+        | _NEG * tensor.neg
+        | _PARAMETER * tensor.parameter
+        | _REQUIRES_GRAD * tensor.requires_grad
+    )
+    plain = tensor.stride == contiguous_stride(tensor.shape)
+    stride = 0 if plain else list(tensor.stride)
+    shape = list(tensor.shape)
+    return [tensor.name, tensor.segment, tensor.dtype, shape, stride, tensor.offset, flags]
+
+
+def _tensor_from_json(record: object, segments: int, what: str) -> TensorSpec:
+    name, segment, dtype, shape, stride, offset, flags = _items(record, 7, what)
+    if type(name) is not str:
+        raise CorruptStoreError(f"{what}: a tensor's name is no text")
+    numbers = _ints([segment, offset, flags], 3, what)
+    sizes = tuple(_ints(shape, None, what))
+    if numbers[0] >= segments or numbers[2] > 15:
+        raise CorruptStoreError(f"{what}: tensor {name!r} is malformed")
+    return TensorSpec(
+        name=name,
+        segment=segment,
+        dtype=_size(dtype, what),
+        shape=sizes,
+        stride=contiguous_stride(sizes) if stride == 0 else tuple(_ints(stride, None, what)),
+        offset=offset,
+        conj=bool(flags & _CONJ),
+        neg=bool(flags & _NEG),
+        parameter=bool(flags & _PARAMETER),
+        requires_grad=bool(flags & _REQUIRES_GRAD),
+    )
+
+
+def _segments_from_json(record: object, what: str) -> tuple[SegmentSpec, ...]:
+    if not isinstance(record, list):
+        raise CorruptStoreError(f"{what}: no list of segments")
+    found = []
+    for item in record:
+        dtype, numel = _items(item, 2, what)
+        found.append(SegmentSpec(_size(dtype, what), _ints([numel], 1, what)[0]))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """The structure of a checkpoint: a nest, its tensors, the segments they view, its files."""
+
+    kind: str
+    tree: JSON
+    tensors: tuple[TensorSpec, ...]
+    segments: tuple[SegmentSpec, ...]
+    files: tuple[StoredFile, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments and files: what the original holds."""
+        return sum(s.nbytes for s in self.segments) + sum(f.nbytes for f in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a document."""
+        return {
+            "kind": self.kind,
+            "tree": self.tree,
+            "tensors": [_tensor_to_json(tensor) for tensor in self.tensors],
+            "segments": [[segment.dtype, segment.numel] for segment in self.segments],
+            "files": [[f.path, f.nbytes, f.stream, f.offset] for f in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], *, what: str) -> Contents:
+        """Read what `to_json` wrote; raises CorruptStoreError at anything else."""
+        segments = _segments_from_json(record.get("segments"), what)
+        tensors = tuple(
+            _tensor_from_json(item, len(segments), what)
+            for item in strictjson.list_field(record, "tensors", list, what=what)
+        )
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            raise CorruptStoreError(f"{what}: a tensor's name is given twice")
+        files = []
+        for item in strictjson.list_field(record, "files", list, what=what):
+            path, *numbers = _items(item, 4, what)
+            if type(path) is not str:
+                raise CorruptStoreError(f"{what}: a file's path is no text")
+            files.append(StoredFile(path, *_ints(numbers, 3, what)))
+        return cls(
+            kind=strictjson.field(record, "kind", str, what=what),
+            tree=record.get("tree"),
+            tensors=tensors,
+            segments=segments,
+            files=tuple(files),
+        )
+
+
+def _parse(data: bytes, what: str) -> dict[str, Any]:
+    record = strictjson.loads(data, what=what, max_bytes=MAX_DOCUMENT)
+    return strictjson.fields(record, what=what)
+
+
+def _streams(record: object, layout: Layout, what: str) -> tuple[int, ...]:
+    return tuple(_ints(record, len(layout.arenas), what))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseDocument:
+    """The base: its contents, and a stream for each arena of their layout."""
+
+    contents: Contents
+    streams: tuple[int, ...]
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", lay_out(self.contents.segments))
+
+    def to_bytes(self) -> bytes:
+        """The document."""
+        return strictjson.dumps({**self.contents.to_json(), "streams": list(self.streams)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, what: str) -> BaseDocument:
+        """Read a document; raises CorruptStoreError where it is malformed."""
+        record = _parse(data, what)
+        contents = Contents.from_json(record, what=what)
+        layout = lay_out(contents.segments)
+        return cls(contents=contents, streams=_streams(record.get("streams"), layout, what))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`count` elements of a task's segment.
+
+    For `BASE` and `CODE` they stand at `start` of the base's segment number `segment`; for `OWN`
+    they are the whole of the task's own segment number `segment`.
+    """
+
+    kind: str
+    segment: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaCode:
+    """A task's streams over one arena of the base."""
+
+    arena: int
+    dtype: str
+    """Of the task's weights there."""
+    planes: int | None
+    """Stream of the packed planes, a chunk a span; None: predicted by the base alone."""
+    exact: int | None
+    """Stream of the residual, a chunk a span; None where none is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentStats:
+    """What coding did to one of the base's segments."""
+
+    segment: int
+    density: float
+    relative_error: float
+    moved: float
+    """Norm of the task vector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDocument:
+    """A task: its contents, and for each segment the parts it is put together from."""
+
+    contents: Contents
+    parts: tuple[tuple[Part, ...], ...]
+    own: tuple[SegmentSpec, ...] = ()
+    """The task's own segments: what cannot be coded."""
+    own_streams: tuple[int, ...] = ()
+    codes: tuple[ArenaCode, ...] = ()
+    stats: tuple[SegmentStats, ...] = ()
+    own_layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own_layout", lay_out(self.own))
+
+    def to_bytes(self) -> bytes:
+        """The document."""
+        return strictjson.dumps(
+            {
+                **self.contents.to_json(),
+                "parts": [
+                    [[p.kind, p.segment, p.start, p.count] for p in parts] for parts in self.parts
+                ],
+                "own": [[segment.dtype, segment.numel] for segment in self.own],
+                "own_streams": list(self.own_streams),
+                "codes": [[c.arena, c.dtype, c.planes, c.exact] for c in self.codes],
+                "stats": [[s.segment, s.density, s.relative_error, s.moved] for s in self.stats],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, base: BaseDocument, what: str) -> TaskDocument:
+        """Read a document and check it against its base's.
+
+        Raises
+        ------
+        CorruptStoreError
+            It is malformed, or does not fit the base.
+        """
+        record = _parse(data, what)
+        contents = Contents.from_json(record, what=what)
+        own = _segments_from_json(record.get("own"), what)
+        codes = tuple(
+            _code_from_json(item, base.layout, what)
+            for item in strictjson.list_field(record, "codes", list, what=what)
+        )
+        parts = tuple(
+            tuple(_part_from_json(part, what) for part in item)
+            for item in strictjson.list_field(record, "parts", list, what=what)
+        )
+        document = cls(
+            contents=contents,
+            parts=parts,
+            own=own,
+            own_streams=_streams(record.get("own_streams"), lay_out(own), what),
+            codes=codes,
+            stats=tuple(
+                _stats_from_json(item, what)
+                for item in strictjson.list_field(record, "stats", list, what=what)
+            ),
+        )
+        _check_parts(document, base, what)
+        return document
+
+
+def _code_from_json(record: object, layout: Layout, what: str) -> ArenaCode:
+    arena, dtype, planes, exact = _items(record, 4, what)
+    if _ints([arena], 1, what)[0] >= len(layout.arenas):
+        raise CorruptStoreError(f"{what}: a code for arena {arena}, which the base lacks")
+    for stream in (planes, exact):
+        if stream is not None:
+            _ints([stream], 1, what)
+    return ArenaCode(arena, _size(dtype, what), planes, exact)
+
+
+def _part_from_json(record: object, what: str) -> Part:
+    kind, *numbers = _items(record, 4, what)
+    if kind not in (BASE, CODE, OWN):
+        raise CorruptStoreError(f"{what}: a part of unknown kind {kind!r}")
+    return Part(kind, *_ints(numbers, 3, what))
+
+
+def _stats_from_json(record: object, what: str) -> SegmentStats:
+    segment, *numbers = _items(record, 4, what)
+    _ints([segment], 1, what)
+    if not all(type(n) in (int, float) for n in numbers):
+        raise CorruptStoreError(f"{what}: statistics that are no numbers")
+    return SegmentStats(segment, *(float(n) for n in numbers))
+
+
+def _check_parts(document: TaskDocument, base: BaseDocument, what: str) -> None:
+    segments, codes = document.contents.segments, {code.arena: code for code in document.codes}
+    if len(document.parts) != len(segments):
+        raise CorruptStoreError(f"{what}: {len(document.parts)} parts, {len(segments)} segments")
+    for segment, parts in zip(segments, document.parts, strict=True):
+        if sum(part.count for part in parts) != segment.numel:
+            raise CorruptStoreError(f"{what}: parts that do not make up their segment")
+        for part in parts:
+            if not _part_fits(part, segment, document.own, base, codes):
+                raise CorruptStoreError(f"{what}: a part leads outside what it refers to")
+
+
+def _part_fits(
+    part: Part,
+    segment: SegmentSpec,
+    own: Sequence[SegmentSpec],
+    base: BaseDocument,
+    codes: Mapping[int, ArenaCode],
+) -> bool:
+    whole = own if part.kind == OWN else base.contents.segments
+    if part.segment >= len(whole) or part.start + part.count > whole[part.segment].numel:
+        return False
+    if part.kind == CODE:
+        if part.start % 8:
+            return False  # planes are cut at whole bytes
+        code = codes.get(base.layout.places[part.segment].arena)
+        return code is not None and code.dtype == segment.dtype
+    return whole[part.segment].dtype == segment.dtype

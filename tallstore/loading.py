@@ -1,0 +1,393 @@
+"""The stream from chunks to weights: into memory, into given tensors, or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from tallstore.catalog import Catalog
+from tallstore.codecs import Bytes
+from tallstore.decoding import Decoder
+from tallstore.documents import MAX_DOCUMENT, BaseDocument, Contents, TaskDocument
+from tallstore.dtypes import is_codable, itemsize, torch_dtype
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import (
+    CorruptStoreError,
+    DeviceError,
+    MismatchError,
+    OptionError,
+    UnknownTaskError,
+    UnknownTensorError,
+    WrongBaseError,
+)
+from tallstore.objects import assemble, build_tensor
+from tallstore.ops import workers
+from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
+
+__all__ = ["Loader", "Progress", "Put", "no_progress"]
+
+#: Called with the bytes that were just dealt with; from any thread.
+Progress = Callable[[int], None]
+#: Takes the bytes of a segment from an element on; from any thread. The buffer is reused.
+Put = Callable[[int, int, Bytes], None]
+
+
+def no_progress(count: int) -> None:
+    """Show nothing."""
+
+
+class Loader:
+    """Reads the base, or one task, of a snapshot.
+
+    Parameters
+    ----------
+    snapshot
+        Stays the caller's.
+    catalog
+        Of the snapshot.
+    task
+        A task's name; None for the base.
+    fidelity
+        ``"exact"`` takes the residual in where there is one, ``"codes"`` leaves it out.
+
+    Raises
+    ------
+    UnknownTaskError
+        There is no such task; the message lists those there are.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        catalog: Catalog,
+        *,
+        task: str | None,
+        fidelity: str | None = None,
+    ) -> None:
+        if fidelity not in (None, "exact", "codes"):
+            raise OptionError(f"fidelity={fidelity!r}: it is 'exact' or 'codes'")
+        self.snapshot = snapshot
+        self.what = f"{snapshot.path}: " + ("base" if task is None else f"task {task!r}")
+        if catalog.base is None:
+            raise CorruptStoreError(f"{snapshot.path}: the store holds no base")
+        self.base = BaseDocument.from_bytes(
+            self._document(catalog.base.document), what=f"{snapshot.path}: base"
+        )
+        self.task: TaskDocument | None = None
+        if task is not None:
+            record = catalog.tasks.get(task)
+            if record is None:
+                raise UnknownTaskError(_no_task(str(snapshot.path), task, list(catalog.tasks)))
+            if record.base != catalog.base.identity:
+                raise WrongBaseError(
+                    f"{self.what}: written against base {record.base[:16]}..., the store's is "
+                    f"{catalog.base.identity[:16]}...; restore the store from a copy"
+                )
+            if fidelity == "exact" and not record.exact:
+                raise OptionError(
+                    f"{self.what}: it has masks alone, no exact tier; load it without "
+                    "fidelity='exact', or pack it again with exact=True (--exact)"
+                )
+            self.task = TaskDocument.from_bytes(
+                self._document(record.document), base=self.base, what=self.what
+            )
+        self.contents: Contents = (self.task or self.base).contents
+        self.decoder = Decoder(
+            snapshot,
+            self.base,
+            task=self.task,
+            vector=catalog.vector,
+            exact=fidelity != "codes",
+        )
+
+    def _document(self, stream: int) -> bytes:
+        record = self.snapshot.stream(stream)
+        if record.raw > MAX_DOCUMENT:
+            raise CorruptStoreError(f"{self.what}: its document is over the size cap")
+        data = np.empty(record.raw, np.uint8)
+        self.snapshot.read(record, 0, data)
+        return data.tobytes()
+
+    def read_file(self, path: str) -> bytes:
+        """The content of one of the stored files."""
+        for file in self.contents.files:
+            if file.path == path:
+                stream = self.snapshot.stream(file.stream)
+                if file.offset + file.nbytes > stream.raw:
+                    raise CorruptStoreError(f"{self.what}: file {path!r} leads past its stream")
+                data = np.empty(file.nbytes, np.uint8)
+                self.snapshot.read(stream, file.offset, data)
+                return data.tobytes()
+        raise UnknownTensorError(f"{self.what}: no file is called {path!r}")
+
+    # -- choosing -------------------------------------------------------------------------
+
+    def choose(self, names: Iterable[str] | None) -> list[int]:
+        """Indices of the tensors called `names`, shell patterns allowed; None: all.
+
+        Raises
+        ------
+        UnknownTensorError
+            A name or pattern fits no tensor.
+        """
+        tensors = self.contents.tensors
+        if names is None:
+            return list(range(len(tensors)))
+        if isinstance(names, str):
+            names = [names]
+        index = {tensor.name: number for number, tensor in enumerate(tensors)}
+        chosen: dict[int, None] = {}
+        for name in names:
+            found = [index[name]] if name in index else []
+            if not found:
+                found = [n for known, n in index.items() if fnmatchcase(known, name)]
+            if not found:
+                raise UnknownTensorError(_no_tensor(self.what, name, list(index)))
+            chosen.update(dict.fromkeys(found))
+        return sorted(chosen)
+
+    # -- reading --------------------------------------------------------------------------
+
+    def stream(
+        self,
+        segments: Sequence[int],
+        *,
+        targets: Mapping[int, Bytes],
+        put: Put | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Decode segments, a span at a time and several at once.
+
+        Parameters
+        ----------
+        segments
+            Which.
+        targets
+            Memory for whole segments, filled in place.
+        put
+            Takes the pieces of segments that have no target.
+        """
+        wanted = set(segments)
+        decoder = self.decoder
+        sizes = [itemsize(segment.dtype) for segment in self.contents.segments]
+
+        def work(key: tuple[bool, int, int]) -> None:
+            runs = [run for run in decoder.runs(key) if run.segment in wanted]
+            into = None
+            if len(runs) == 1 and not runs[0].coded and runs[0].segment in targets:
+                size = sizes[runs[0].segment]
+                start = runs[0].start * size
+                into = targets[runs[0].segment][start : start + runs[0].count * size]
+            data = decoder.load(key, into=into, coded=any(run.coded for run in runs))
+            if into is not None and data.base is into:
+                progress(into.size)
+                return
+            for run in runs:
+                size = sizes[run.segment]
+                target = targets.get(run.segment)
+                if target is not None:
+                    out = target[run.start * size : (run.start + run.count) * size]
+                    decoder.decode(data, key, run, out)
+                elif put is not None:
+                    out = np.empty(run.count * size, np.uint8)
+                    decoder.decode(data, key, run, out)
+                    put(run.segment, run.start, out)
+                progress(run.count * size)
+
+        spans = decoder.spans(segments)
+        with workers(1 if len(spans) <= 1 else None) as pool:
+            for _ in pool.each(work, spans):
+                pass
+
+    def load(
+        self,
+        *,
+        names: Iterable[str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        progress: Progress = no_progress,
+    ) -> Any:
+        """The object as it was saved, or a dict of the tensors called `names`."""
+        cast = _wanted_dtype(dtype)
+        place = _wanted_device(device)
+        chosen = self.choose(names)
+        specs = self.contents.tensors
+        needed = sorted({specs[number].segment for number in chosen})
+        memory = {n: _allocate(self.contents.segments[n]) for n in needed}
+        self.stream(
+            needed, targets={n: held.numpy() for n, held in memory.items()}, progress=progress
+        )
+        tensors: list[Any] = [None] * len(specs)
+        segments: dict[int, tuple[torch.Tensor, str]] = {}
+        # Bytes of a numpy array, or two dtypes over one storage, are not weights to convert.
+        raw = {s.segment for s in specs if s.dtype != self.contents.segments[s.segment].dtype}
+        for number in chosen:
+            spec = specs[number]
+            if spec.segment not in segments:
+                held = memory.pop(spec.segment)
+                kind = self.contents.segments[spec.segment].dtype
+                wanted = None if spec.segment in raw else cast
+                segments[spec.segment] = _moved(held, kind, wanted, place)
+            held, kind = segments[spec.segment]
+            if kind != self.contents.segments[spec.segment].dtype and is_float(spec.dtype):
+                spec = replace(spec, dtype=kind)
+            tensors[number] = build_tensor(spec, held)
+        if names is not None:
+            return {specs[number].name: tensors[number] for number in chosen}
+        return assemble(self.contents.tree, tensors)
+
+    def load_into(
+        self,
+        out: Mapping[str, torch.Tensor],
+        *,
+        names: Iterable[str] | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Fill existing tensors in place.
+
+        Parameters
+        ----------
+        out
+            Tensor by name. Without `names` it must name every tensor of the object.
+
+        Raises
+        ------
+        MismatchError
+            A tensor is absent, or its shape or dtype differs; nothing was written.
+        """
+        specs = self.contents.tensors
+        chosen = self.choose(names)
+        pairs = [(specs[n], out.get(specs[n].name)) for n in chosen]
+        _check_out(self.what, pairs, out, names is None)
+        targets: dict[int, Bytes] = {}
+        later: list[tuple[TensorSpec, torch.Tensor]] = []
+        memory: dict[int, torch.Tensor] = {}
+        for spec, tensor in pairs:
+            if tensor is None:
+                continue
+            segment = self.contents.segments[spec.segment]
+            if spec.segment not in targets and _fits(spec, segment, tensor):
+                targets[spec.segment] = _as_bytes(tensor)
+            else:
+                later.append((spec, tensor))
+        for spec, _ in later:
+            if spec.segment not in targets:
+                memory[spec.segment] = _allocate(self.contents.segments[spec.segment])
+                targets[spec.segment] = memory[spec.segment].numpy()
+        try:
+            self.stream(sorted(targets), targets=targets, progress=progress)
+        except CorruptStoreError as exc:
+            raise type(exc)(f"{exc} (the tensors given as out= are partly overwritten)") from exc
+        with torch.no_grad():
+            for spec, tensor in later:
+                held = torch.from_numpy(targets[spec.segment])
+                tensor.copy_(build_tensor(spec, held))
+
+
+def is_float(name: str) -> bool:
+    """Whether a cast to another floating dtype concerns a dtype."""
+    return is_codable(name) or name == "float64"
+
+
+def _wanted_dtype(dtype: torch.dtype | str | None) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if not is_float(name):
+        raise OptionError(f"dtype={dtype}: float32, bfloat16, float16 or float64 is possible")
+    return name
+
+
+def _wanted_device(device: torch.device | str | None) -> torch.device:
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError as exc:
+        raise OptionError(f"device={device!r}: {exc}") from exc
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device={device!r}: no CUDA device can be used here; load with device='cpu'"
+        )
+    return place
+
+
+def _allocate(segment: SegmentSpec) -> torch.Tensor:
+    return torch.empty(segment.nbytes, dtype=torch.uint8)
+
+
+def _moved(
+    held: torch.Tensor, kind: str, cast: str | None, place: torch.device
+) -> tuple[torch.Tensor, str]:
+    if cast is not None and cast != kind and is_float(kind):
+        held = held.view(torch_dtype(kind)).to(place, torch_dtype(cast)).view(torch.uint8)
+        return held, cast
+    if place.type == "cpu":
+        return held, kind
+    try:
+        return held.to(place), kind
+    except (torch.OutOfMemoryError, RuntimeError) as exc:
+        raise DeviceError(f"{place}: no room for {held.numel()} bytes: {exc}") from exc
+
+
+def _fits(spec: TensorSpec, segment: SegmentSpec, tensor: torch.Tensor) -> bool:
+    """Whether a segment can be decoded straight into a tensor's memory."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not (spec.conj or spec.neg)
+        and spec.dtype == segment.dtype
+        and spec.offset == 0
+        and spec.stride == contiguous_stride(spec.shape)
+        and spec.numel == segment.numel
+    )
+
+
+def _as_bytes(tensor: torch.Tensor) -> Bytes:
+    flat = tensor.detach().reshape(-1)
+    raw = torch.empty(0, dtype=torch.uint8)
+    size = flat.element_size()
+    raw.set_(flat.untyped_storage(), flat.storage_offset() * size, (flat.numel() * size,), (1,))
+    found: Bytes = raw.numpy()
+    return found
+
+
+def _check_out(
+    what: str,
+    pairs: Sequence[tuple[TensorSpec, torch.Tensor | None]],
+    out: Mapping[str, torch.Tensor],
+    whole: bool,
+) -> None:
+    known = {spec.name for spec, _ in pairs}
+    problems = [f"{name!r} is not in the store" for name in out if whole and name not in known]
+    for spec, tensor in pairs:
+        if tensor is None:
+            problems.append(f"{spec.name!r} is missing from out")
+        elif tuple(tensor.shape) != spec.shape:
+            problems.append(f"{spec.name!r} has shape {list(tensor.shape)}, not {list(spec.shape)}")
+        elif tensor.dtype != torch_dtype(spec.dtype):
+            problems.append(f"{spec.name!r} is {tensor.dtype}, stored as {spec.dtype}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise MismatchError(f"{what}: out= does not fit: {'; '.join(problems[:5])}{more}")
+
+
+def _no_task(path: str, task: str, known: list[str]) -> str:
+    if not known:
+        return f"{path}: no task {task!r}; the store holds the base alone"
+    shown = ", ".join(repr(name) for name in known[:20])
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"{path}: no task {task!r}; there are {shown}{more}"
+
+
+def _no_tensor(what: str, name: str, known: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    return f"{what}: no tensor is called {name!r}{hint}"

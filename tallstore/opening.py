@@ -1,0 +1,51 @@
+"""Opening whatever a user calls a checkpoint, stores included."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tallstore.loading import Loader
+from tallstore.sources.opening import is_lmdb_file, open_source
+from tallstore.sources.source import Source
+from tallstore.store import open_snapshot
+from tallstore.storesource import StoreSource
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(what: Any) -> Source:
+    """A source for a path, ``STORE``, ``STORE::TASK``, a state dict, a module or a nest of them.
+
+    Parameters
+    ----------
+    what
+        A store's path stands for its base.
+
+    Raises
+    ------
+    CheckpointError, UnsafePickleError, UnsupportedObjectError
+    """
+    if isinstance(what, (str, os.PathLike)):
+        text = os.fspath(what)
+        path, _, task = text.partition("::")
+        if (task or not Path(text).exists()) and Path(path).is_file() and is_lmdb_file(path):
+            return _from_store(Path(path), task or None)
+        if Path(text).is_file() and is_lmdb_file(text):
+            return _from_store(Path(text), None)
+    return open_source(what)
+
+
+def _from_store(path: Path, task: str | None) -> Source:
+    from tallstore.catalog import Catalog
+
+    snapshot = open_snapshot(Path(os.path.abspath(path)))
+    try:
+        catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
+        loader = Loader(snapshot, catalog, task=task)
+    except BaseException:
+        snapshot.close()
+        raise
+    label = str(path) if task is None else f"{path}::{task}"
+    return StoreSource(loader, label=label, owned=snapshot)

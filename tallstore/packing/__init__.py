@@ -1,0 +1,1 @@
+"""The stream from checkpoints to chunks."""

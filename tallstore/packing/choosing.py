@@ -1,0 +1,155 @@
+"""Choosing lambda for a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from tallstore.catalog import VectorRecord
+from tallstore.codecs import Bytes
+from tallstore.decoding import Decoder
+from tallstore.documents import BaseDocument
+from tallstore.dtypes import is_codable, itemsize
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import OptionError, TallstoreError
+from tallstore.objects import assemble, build_tensor
+from tallstore.ops import Workers
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.tasks import tall_span
+
+__all__ = ["DEFAULT_TALL_LAMBDA", "Evaluate", "check_lambdas", "choose_lambda"]
+
+#: Where nobody chooses: the best of 0.2 .. 0.6 on validation data over real fine-tunes, and the
+#: middle of the paper's grid. `bench/tall_lambda.py` measures it.
+DEFAULT_TALL_LAMBDA: Final = 0.4
+
+#: ``evaluate(task, state_dict) -> score``, higher is better.
+Evaluate = Callable[[str, Any], float]
+
+
+def check_lambdas(value: float | Sequence[float] | None, *, evaluate: bool) -> tuple[float, ...]:
+    """The lambdas to try, ascending.
+
+    Raises
+    ------
+    OptionError
+        One is no positive finite number, or there are several and nothing to choose by.
+    """
+    if value is None:
+        return (DEFAULT_TALL_LAMBDA,)
+    given = (value,) if isinstance(value, (int, float)) else tuple(value)
+    if not given or not all(math.isfinite(g) and g > 0 for g in given):
+        raise OptionError(f"tall_lambda={value!r}: positive numbers, 0.2 .. 0.6 in the paper")
+    if len(given) > 1 and not evaluate:
+        raise OptionError(
+            f"tall_lambda={value!r}: choosing one of several takes evaluate(task, state_dict)"
+        )
+    return tuple(sorted({float(g) for g in given}))
+
+
+def choose_lambda(
+    snapshot: Snapshot,
+    base: BaseDocument,
+    vector: VectorRecord,
+    candidate: Candidate,
+    lambdas: Sequence[float],
+    evaluate: Evaluate,
+    *,
+    workers: Workers,
+) -> tuple[float, float]:
+    """The lambda whose reconstruction scores best, ties to the smallest; and its score.
+
+    The paper's way (arXiv 2405.07813, section 4): each lambda's masks are built, the task's
+    weights reconstructed just as loading will, and `evaluate` called with the state dict.
+
+    Raises
+    ------
+    OptionError
+        `evaluate` raised, or gave something that is no number.
+    """
+    best: tuple[float, float] | None = None
+    for value in lambdas:
+        state = _reconstruct(snapshot, base, vector, candidate, value, workers)
+        score = _score(evaluate, candidate.name, state, value)
+        if best is None or score > best[1]:
+            best = (value, score)
+    if best is None:
+        raise OptionError("no lambda to choose from")
+    return best
+
+
+def _score(evaluate: Evaluate, task: str, state: Any, value: float) -> float:
+    try:
+        score = float(evaluate(task, state))
+    except TallstoreError:
+        raise
+    except Exception as exc:
+        raise OptionError(
+            f"evaluate({task!r}, ...) failed at lambda {value}: {type(exc).__name__}: {exc}"
+        ) from exc
+    if math.isnan(score):
+        raise OptionError(f"evaluate({task!r}, ...) gave NaN at lambda {value}; give a number")
+    return score
+
+
+def _reconstruct(
+    snapshot: Snapshot,
+    base: BaseDocument,
+    vector: VectorRecord,
+    candidate: Candidate,
+    tall_lambda: float,
+    workers: Workers,
+) -> Any:
+    """The task as masks of one lambda would give it back, in memory."""
+    decoder = Decoder(snapshot, base, vector=vector)
+    source = candidate.source
+    memory = [np.empty(segment.nbytes, np.uint8) for segment in source.segments]
+    for segment, flat in enumerate(memory):
+        if flat.size:
+            source.read(segment, 0, flat)
+    spans = [
+        (arena, span)
+        for arena in candidate.arenas()
+        if is_codable(base.layout.arenas[arena].dtype)
+        for span in range(base.layout.arenas[arena].spans)
+    ]
+
+    def rebuild(item: tuple[int, int]) -> None:
+        arena, span = item
+        place = span * base.layout.arenas[arena].span
+        base_bytes, vector_bytes = decoder.base_and_vector(arena, span)
+        if vector_bytes is None:
+            return
+        planes, _, _ = tall_span(
+            candidate, arena, place, base_bytes, vector_bytes, vector.dtype, tall_lambda
+        )
+        dtype = candidate.plan.dtypes[arena]
+        predicted = decoder.predict(arena, base_bytes, vector_bytes, planes, dtype)
+        count = base_bytes.size // itemsize(base.layout.arenas[arena].dtype)
+        _scatter(candidate, arena, place, count, predicted, memory)
+
+    for _ in workers.each(rebuild, spans):
+        pass
+    tensors = [
+        build_tensor(spec, torch.from_numpy(memory[spec.segment])) for spec in source.tensors
+    ]
+    return assemble(source.tree, tensors)
+
+
+def _scatter(
+    candidate: Candidate,
+    arena: int,
+    place: int,
+    count: int,
+    predicted: Bytes,
+    memory: Sequence[Bytes],
+) -> None:
+    size = itemsize(candidate.plan.dtypes[arena])
+    for held in candidate.held(arena, place, count):
+        values = predicted[held.start * size : held.stop * size]
+        first = held.first * size
+        memory[held.segment][first : first + values.size] = values

@@ -1,0 +1,233 @@
+"""Packing a zoo: a base and its fine-tunes into a new store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
+from tallstore.codecs import Bytes
+from tallstore.documents import BaseDocument
+from tallstore.dtypes import CODABLE
+from tallstore.engine.chunk import Encoding
+from tallstore.engine.manifest import Manifest
+from tallstore.engine.newfile import NewFile
+from tallstore.engine.session import WriteSession
+from tallstore.engine.snapshot import Snapshot
+from tallstore.engine.writerlock import WriterLock
+from tallstore.errors import EmptyZooError, MismatchError, OptionError, StoreExistsError
+from tallstore.layout import lay_out
+from tallstore.matching import match
+from tallstore.merging import MergeRule, merge_rule
+from tallstore.ops import Workers, workers
+from tallstore.packing.base import write_base
+from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
+from tallstore.packing.encodings import elements
+from tallstore.packing.files import known_files
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.tasks import Target, encode_tasks
+from tallstore.packing.vector import survey, write_vector
+from tallstore.progress import Meter, Report
+from tallstore.sources.source import Source
+from tallstore.version import WRITTEN_BY
+
+__all__ = ["now", "pack_zoo"]
+
+
+def now() -> str:
+    """The time, as records keep it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _compressed(dtype: str, data: Bytes) -> Encoding:
+    return elements(dtype)
+
+
+def _candidates(base: Source, tasks: Mapping[str, Source]) -> list[Candidate]:
+    from tallstore.documents import Contents
+
+    contents = Contents(
+        kind=base.kind,
+        tree=base.tree,
+        tensors=tuple(base.tensors),
+        segments=tuple(base.segments),
+    )
+    layout = lay_out(contents.segments)
+    if not any(arena.dtype in CODABLE and arena.weights for arena in layout.arenas):
+        raise MismatchError(
+            f"{base.label}: the base has no float32, bfloat16 or float16 weights to mask"
+        )
+    found = []
+    for name, source in tasks.items():
+        plan = match(
+            source.label,
+            source.tensors,
+            source.segments,
+            base=contents,
+            layout=layout,
+            floats_only=True,
+            strict=True,
+        )
+        found.append(Candidate(check_task_name(name), source, plan, layout))
+    return found
+
+
+def pack_zoo(
+    path: Path,
+    base: Source,
+    tasks: Mapping[str, Source],
+    *,
+    merge: str | MergeRule = "ta",
+    tall_lambda: float | Sequence[float] | None = None,
+    evaluate: Evaluate | None = None,
+    vector_dtype: str = "bfloat16",
+    exact: bool = False,
+    overwrite: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> list[str]:
+    """Write a new store from a base and its fine-tunes; see `tallstore.pack`.
+
+    Returns
+    -------
+    list of str
+        Remarks on what was found and done.
+    """
+    if not tasks:
+        raise EmptyZooError(f"{path}: no tasks to pack; give NAME=PATH, or a directory of them")
+    if vector_dtype not in CODABLE:
+        raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(sorted(CODABLE))}")
+    rule = merge_rule(merge)
+    lambdas = check_lambdas(tall_lambda, evaluate=evaluate is not None)
+    candidates = _candidates(base, tasks)
+    with WriterLock(path, timeout=timeout):
+        if path.exists() and not overwrite:
+            raise StoreExistsError(f"{path}: there already; remove it, or pack to another path")
+        new = NewFile(path)
+        try:
+            with workers() as pool:
+                packing = _Packing(new, base, candidates, pool, Meter(report))
+                packing.base_and_vector(rule, vector_dtype)
+                packing.tasks(lambdas, evaluate, exact=exact)
+            new.publish(timeout=timeout)
+        finally:
+            new.discard()
+    notes = [note for candidate in candidates for note in candidate.plan.notes]
+    return [*base.notes, *(n for s in tasks.values() for n in s.notes), *notes]
+
+
+class _Packing:
+    """The two commits of a pack: base and vector, then tasks against them.
+
+    The file is nobody's until both are done, so two commits show as one.
+    """
+
+    def __init__(
+        self,
+        new: NewFile,
+        base: Source,
+        candidates: Sequence[Candidate],
+        pool: Workers,
+        meter: Meter,
+    ) -> None:
+        self._new = new
+        self._base = base
+        self._candidates = candidates
+        self._pool = pool
+        self._meter = meter
+        self._manifest = Manifest(store=os.urandom(16))
+        self._created = now()
+        self._weights = sum(s.nbytes for c in candidates for s in c.source.segments)
+        self._done: tuple[BaseRecord, BaseDocument, VectorRecord] | None = None
+
+    def base_and_vector(self, rule: MergeRule, dtype: str) -> None:
+        """Write the base, and merge the shared vector."""
+        layout = lay_out(tuple(self._base.segments))
+        surveying = self._meter.stage("survey", self._weights * rule.surveys)
+        rule = survey(
+            rule,
+            layout,
+            self._base.read,
+            self._candidates,
+            workers=self._pool,
+            progress=surveying,
+        )
+        with WriteSession(self._new.environment, self._manifest) as session:
+            total = sum(segment.nbytes for segment in self._base.segments)
+            record, document = write_base(
+                session,
+                self._base,
+                encoding=_compressed,
+                created=self._created,
+                workers=self._pool,
+                progress=self._meter.stage("base", total),
+            )
+            vector = write_vector(
+                session,
+                rule,
+                layout,
+                self._base.read,
+                self._candidates,
+                dtype=dtype,
+                created=self._created,
+                workers=self._pool,
+                progress=self._meter.stage("merge", self._weights),
+            )
+            catalog = Catalog(base=record, vector=vector)
+            self._manifest = session.commit(
+                catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
+            )
+        self._done = record, document, vector
+
+    def tasks(self, lambdas: Sequence[float], evaluate: Evaluate | None, *, exact: bool) -> None:
+        """Choose lambdas and write the tasks."""
+        if self._done is None:
+            raise RuntimeError("base_and_vector comes first")
+        record, document, vector = self._done
+        environment = self._new.environment
+        environment.handles += 1
+        snapshot = Snapshot(environment)
+        try:
+            targets = [
+                self._target(snapshot, document, vector, candidate, lambdas, evaluate, exact)
+                for candidate in self._candidates
+            ]
+            with WriteSession(environment, self._manifest) as session:
+                records = encode_tasks(
+                    session,
+                    snapshot,
+                    document,
+                    vector,
+                    targets,
+                    identity=record.identity,
+                    known_files=known_files(snapshot, document),
+                    created=self._created,
+                    compress=True,
+                    workers=self._pool,
+                    progress=self._meter.stage("masks", self._weights),
+                )
+                catalog = Catalog(base=record, vector=vector, tasks=records)
+                session.commit(
+                    catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
+                )
+        finally:
+            snapshot.close()
+
+    def _target(
+        self,
+        snapshot: Snapshot,
+        document: BaseDocument,
+        vector: VectorRecord,
+        candidate: Candidate,
+        lambdas: Sequence[float],
+        evaluate: Evaluate | None,
+        exact: bool,
+    ) -> Target:
+        value, score = lambdas[0], None
+        if evaluate is not None:
+            value, score = choose_lambda(
+                snapshot, document, vector, candidate, lambdas, evaluate, workers=self._pool
+            )
+        return Target(candidate=candidate, tall_lambda=value, exact=exact, score=score)

@@ -1,0 +1,170 @@
+"""Segments, files and documents to streams: the parts that every kind of save shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import xxhash
+
+from tallstore import strictjson
+from tallstore.codecs import Bytes
+from tallstore.documents import Contents, StoredFile
+from tallstore.dtypes import itemsize
+from tallstore.engine.chunk import Encoding
+from tallstore.engine.session import WriteSession
+from tallstore.layout import Layout
+from tallstore.ops import Workers
+from tallstore.packing.encodings import BITS
+from tallstore.sources.source import Source
+
+__all__ = [
+    "Progress",
+    "SegmentReader",
+    "content_identity",
+    "write_arenas",
+    "write_blob",
+    "write_contents",
+]
+
+#: Called with the bytes that were just dealt with; from any thread.
+Progress = Callable[[int], None]
+#: Fills a buffer with the bytes of a segment from a byte on.
+SegmentReader = Callable[[int, int, Bytes], None]
+
+_BLOB_CHUNK = 4 << 20
+_HASH_STEP = 8 << 20
+
+
+def write_blob(session: WriteSession, data: bytes) -> int:
+    """Write bytes as a stream of their own; returns its number."""
+    writer = session.stream(_BLOB_CHUNK)
+    flat = np.frombuffer(data, np.uint8)
+    for chunk, start in enumerate(range(0, flat.size, _BLOB_CHUNK)):
+        writer.put(chunk, flat[start : start + _BLOB_CHUNK], encoding=BITS)
+    return writer.number
+
+
+def write_arenas(
+    session: WriteSession,
+    layout: Layout,
+    read: SegmentReader,
+    *,
+    encoding: Callable[[str, Bytes], Encoding],
+    workers: Workers,
+    progress: Progress,
+) -> tuple[int, ...]:
+    """Write all arenas of a layout, a stream each and a chunk a span; returns the streams.
+
+    Parameters
+    ----------
+    read
+        Gives the bytes of the layout's segments.
+    encoding
+        The encoding of a chunk, from its dtype and its bytes.
+    """
+    writers = [session.stream(arena.chunk_size) for arena in layout.arenas]
+
+    def write(item: tuple[int, int]) -> None:
+        arena, span = item
+        data = read_span(layout, arena, span, read)
+        dtype = layout.arenas[arena].dtype
+        writers[arena].put(span, data, encoding=encoding(dtype, data))
+        progress(data.size)
+
+    spans = [(a, span) for a, arena in enumerate(layout.arenas) for span in range(arena.spans)]
+    for _ in workers.each(write, spans):
+        pass
+    return tuple(writer.number for writer in writers)
+
+
+def read_span(layout: Layout, arena: int, span: int, read: SegmentReader) -> Bytes:
+    """The bytes of one span, padding zeroed."""
+    record = layout.arenas[arena]
+    size = itemsize(record.dtype)
+    weights = min(record.span, record.weights - span * record.span)
+    data = np.empty(weights * size, np.uint8)
+    end = 0
+    for piece in layout.pieces(arena, span):
+        data[end : piece.within * size] = 0
+        end = (piece.within + piece.count) * size
+        read(piece.segment, piece.start * size, data[piece.within * size : end])
+    data[end:] = 0
+    return data
+
+
+def write_contents(
+    session: WriteSession, source: Source, *, known: Sequence[tuple[StoredFile, bytes]] = ()
+) -> tuple[Contents, tuple[int, ...]]:
+    """Write a source's files and describe it.
+
+    Parameters
+    ----------
+    known
+        Files already stored, with the digest of each: a file of the same content refers to it.
+
+    Returns
+    -------
+    contents
+        Without anything about where segments are.
+    streams
+        What was written.
+    """
+    held = {(digest, file.nbytes): file for file, digest in known}
+    files, blobs, offset = [], [], 0
+    pending = []
+    for spec in source.files:
+        data = source.read_file(spec.path)
+        found = held.get((file_digest(data), len(data)))
+        if found is not None:
+            files.append(StoredFile(spec.path, len(data), found.stream, found.offset))
+        else:
+            pending.append((len(files), spec.path, len(data), offset))
+            files.append(StoredFile(spec.path, len(data), 0, offset))
+            blobs.append(data)
+            offset += len(data)
+    streams: tuple[int, ...] = ()
+    if pending:
+        number = write_blob(session, b"".join(blobs))
+        streams = (number,)
+        for index, path, nbytes, start in pending:
+            files[index] = StoredFile(path, nbytes, number, start)
+    contents = Contents(
+        kind=source.kind,
+        tree=source.tree,
+        tensors=tuple(source.tensors),
+        segments=tuple(source.segments),
+        files=tuple(files),
+    )
+    return contents, streams
+
+
+def file_digest(data: bytes) -> bytes:
+    """What tells whether two files are the same."""
+    return hashlib.sha256(data).digest()
+
+
+def content_identity(source: Source, *, workers: Workers) -> str:
+    """A hash of every tensor's name, shape, dtype and bytes, whatever file they came in.
+
+    SHA-256 of the tensors in the order of their names, each with the XXH3-128 of its segment's
+    bytes: it tells bases apart by accident-proof margins, and is no defence against forgery.
+    """
+
+    def digest(segment: int) -> str:
+        total = source.segments[segment].nbytes
+        buffer = np.empty(min(total, _HASH_STEP), np.uint8)
+        state = xxhash.xxh3_128()
+        for start in range(0, total, _HASH_STEP):
+            piece = buffer[: min(_HASH_STEP, total - start)]
+            source.read(segment, start, piece)
+            state.update(piece.data)
+        return state.hexdigest()
+
+    digests = list(workers.each(digest, range(len(source.segments))))
+    rows = sorted(
+        [t.name, t.dtype, list(t.shape), list(t.stride), t.offset, digests[t.segment]]
+        for t in source.tensors
+    )
+    return hashlib.sha256(strictjson.dumps(rows)).hexdigest()

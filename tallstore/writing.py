@@ -1,0 +1,317 @@
+"""Every way to change a store that is there, or to make one of an object: locks, commit, clean-up.
+
+Each function is all or nothing. The caller gives open sources; `tallstore.store` and
+`tallstore.api` are the public faces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
+from tallstore.codecs import Bytes
+from tallstore.documents import MAX_DOCUMENT, BaseDocument
+from tallstore.engine.chunk import Encoding
+from tallstore.engine.environment import Environment, lmdb_errors, open_environment
+from tallstore.engine.manifest import Manifest
+from tallstore.engine.newfile import NewFile
+from tallstore.engine.session import WriteSession, reclaim
+from tallstore.engine.snapshot import Snapshot
+from tallstore.engine.writerlock import WriterLock
+from tallstore.errors import (
+    CorruptStoreError,
+    StoreExistsError,
+    StoreReadOnlyError,
+    TaskExistsError,
+    UnknownTaskError,
+)
+from tallstore.matching import match
+from tallstore.ops import workers
+from tallstore.packing.base import write_base
+from tallstore.packing.encodings import elements, plain
+from tallstore.packing.files import known_files
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.pack import now
+from tallstore.packing.tasks import Target, encode_tasks
+from tallstore.progress import Meter, Report
+from tallstore.sources.source import Source
+from tallstore.version import WRITTEN_BY
+
+__all__ = ["append_tasks", "compact_store", "remove_tasks", "write_object"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """An existing store held for writing."""
+
+    environment: Environment
+    snapshot: Snapshot
+    catalog: Catalog
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.snapshot.manifest
+
+    def base(self) -> BaseDocument:
+        if self.catalog.base is None:
+            raise CorruptStoreError(f"{self.snapshot.path}: the store holds no base")
+        stream = self.snapshot.stream(self.catalog.base.document)
+        if stream.raw > MAX_DOCUMENT:
+            raise CorruptStoreError(f"{self.snapshot.path}: the base's document is over the cap")
+        data = np.empty(stream.raw, np.uint8)
+        self.snapshot.read(stream, 0, data)
+        return BaseDocument.from_bytes(data.tobytes(), what=f"{self.snapshot.path}: base")
+
+
+@contextmanager
+def _writing(path: Path, *, timeout: float) -> Iterator[_Open]:
+    """Hold the store at `path` for writing, rid of what interrupted writes left in it."""
+    with WriterLock(path, timeout=timeout):
+        environment = open_environment(path)
+        try:
+            if not environment.writable:
+                raise StoreReadOnlyError(
+                    f"{path}: it cannot be written; check the permissions of the file, of its "
+                    "directory and of the file system"
+                )
+            environment.handles += 1
+            snapshot = _snapshot(environment)
+            try:
+                catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
+                reclaim(environment, snapshot.manifest)
+                yield _Open(environment, snapshot, catalog)
+            finally:
+                snapshot.close()
+        finally:
+            environment.close()
+
+
+def _snapshot(environment: Environment) -> Snapshot:
+    try:
+        return Snapshot(environment)
+    except BaseException:
+        environment.close()
+        raise
+
+
+def _commit(session: WriteSession, catalog: Catalog) -> None:
+    session.commit(catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY)
+
+
+def _policy(compress: bool) -> Callable[[str, Bytes], Encoding]:
+    return (lambda dtype, _: elements(dtype)) if compress else (lambda _, data: plain(data))
+
+
+def write_object(
+    path: Path,
+    source: Source,
+    *,
+    overwrite: bool,
+    compress: bool,
+    timeout: float,
+    report: Report | None,
+) -> None:
+    """Make a store whose base is `source`, in the place of the one that is there, if any.
+
+    A store that nobody else has open is replaced by a new file; one in use gets a new generation,
+    so that its readers keep what they see.
+
+    Raises
+    ------
+    StoreExistsError
+        The store there has tasks, which hang on its base, and `overwrite` is false.
+    """
+    if not path.exists():
+        with WriterLock(path, timeout=timeout):
+            _write_new(path, source, compress, timeout, report)
+        return
+    with _writing(path, timeout=timeout) as held:
+        if held.catalog.tasks and not overwrite:
+            names = ", ".join(map(repr, list(held.catalog.tasks)[:5]))
+            raise StoreExistsError(
+                f"{path}: saving here would lose its {len(held.catalog.tasks)} tasks ({names}), "
+                "which are stored as differences from its base; give task= to add one, "
+                "overwrite=True to start afresh, or another path"
+            )
+        if held.environment.handles > 2 or held.environment.in_use_elsewhere():
+            with WriteSession(held.environment, held.manifest) as session:
+                _fill(session, source, compress, report)
+            return
+    with WriterLock(path, timeout=timeout):
+        _write_new(path, source, compress, timeout, report)
+
+
+def _write_new(
+    path: Path, source: Source, compress: bool, timeout: float, report: Report | None
+) -> None:
+    new = NewFile(path)
+    try:
+        with WriteSession(new.environment, Manifest(store=os.urandom(16))) as session:
+            _fill(session, source, compress, report)
+        new.publish(timeout=timeout)
+    finally:
+        new.discard()
+
+
+def _fill(session: WriteSession, source: Source, compress: bool, report: Report | None) -> None:
+    total = sum(segment.nbytes for segment in source.segments)
+    with workers() as pool:
+        record, _ = write_base(
+            session,
+            source,
+            encoding=_policy(compress),
+            created=now(),
+            workers=pool,
+            progress=Meter(report).stage("save", total),
+        )
+    _commit(session, Catalog(base=record))
+
+
+def append_tasks(
+    path: Path,
+    tasks: Mapping[str, Source],
+    *,
+    overwrite: bool,
+    strict: bool,
+    compress: bool,
+    timeout: float,
+    report: Report | None,
+) -> list[str]:
+    """Add tasks as exact differences from the base; no other task is touched.
+
+    Parameters
+    ----------
+    overwrite
+        Whether a task of the same name is replaced.
+    strict
+        Refuse what is no fine-tune of the base.
+
+    Returns
+    -------
+    list of str
+        Remarks.
+
+    Raises
+    ------
+    TaskExistsError, TaskNameError, MismatchError
+    """
+    for name in tasks:
+        check_task_name(name)
+    with _writing(path, timeout=timeout) as held:
+        catalog, base = held.catalog, held.base()
+        if catalog.base is None:
+            raise CorruptStoreError(f"{path}: the store holds no base")
+        taken = [name for name in tasks if name in catalog.tasks]
+        if taken and not overwrite:
+            raise TaskExistsError(
+                f"{path}: holds a task {taken[0]!r} already; give another name, or "
+                "overwrite=True (--overwrite) to replace it"
+            )
+        targets, notes = [], []
+        for name, source in tasks.items():
+            plan = match(
+                source.label,
+                source.tensors,
+                source.segments,
+                base=base.contents,
+                layout=base.layout,
+                floats_only=False,
+                strict=strict,
+            )
+            notes += [*source.notes, *plan.notes]
+            candidate = Candidate(name, source, plan, base.layout)
+            targets.append(Target(candidate=candidate, tall_lambda=None, exact=True))
+        total = sum(t.candidate.plan.coded for t in targets) * 4
+        with WriteSession(held.environment, held.manifest) as session, workers() as pool:
+            records = encode_tasks(
+                session,
+                held.snapshot,
+                base,
+                None,
+                targets,
+                identity=catalog.base.identity,
+                known_files=known_files(held.snapshot, base),
+                created=now(),
+                compress=compress,
+                workers=pool,
+                progress=Meter(report).stage("add", total),
+            )
+            _commit(session, _without_idle_vector(replace_tasks(catalog, records)))
+    return notes
+
+
+def replace_tasks(catalog: Catalog, records: Mapping[str, TaskRecord]) -> Catalog:
+    """The catalog with tasks added or replaced."""
+    return replace(catalog, tasks={**catalog.tasks, **records})
+
+
+def _without_idle_vector(catalog: Catalog) -> Catalog:
+    """Drop the shared vector once no task is coded over it."""
+    used = any(task.code == "tall" for task in catalog.tasks.values())
+    vector: VectorRecord | None = catalog.vector if used else None
+    return replace(catalog, vector=vector)
+
+
+def remove_tasks(path: Path, names: Sequence[str], *, timeout: float) -> None:
+    """Remove tasks; their space is used again by later writes, or given back by compacting.
+
+    Raises
+    ------
+    UnknownTaskError
+        One is not there; nothing was removed.
+    """
+    with _writing(path, timeout=timeout) as held:
+        for name in names:
+            if name not in held.catalog.tasks:
+                known = ", ".join(map(repr, held.catalog.tasks)) or "none"
+                raise UnknownTaskError(f"{path}: no task {name!r}; there are: {known}")
+        kept = {n: task for n, task in held.catalog.tasks.items() if n not in names}
+        with WriteSession(held.environment, held.manifest) as session:
+            _commit(session, _without_idle_vector(replace(held.catalog, tasks=kept)))
+
+
+def compact_store(path: Path, *, timeout: float) -> tuple[int, int]:
+    """Rewrite the file without free pages; returns its size before and after, in bytes.
+
+    Raises
+    ------
+    StoreLockedError
+        Another handle on it is open; nothing was changed.
+    """
+    with WriterLock(path, timeout=timeout):
+        before = path.stat().st_size if path.exists() else 0
+        with _reclaimed(path) as environment:
+            new = NewFile(path)
+            try:
+                new.copy_of(environment)
+            except BaseException:
+                new.discard()
+                raise
+        try:
+            new.publish(timeout=timeout)
+        finally:
+            new.discard()
+        return before, path.stat().st_size
+
+
+@contextmanager
+def _reclaimed(path: Path) -> Iterator[Environment]:
+    environment = open_environment(path)
+    try:
+        environment.handles += 1
+        snapshot = _snapshot(environment)
+        manifest = snapshot.manifest
+        snapshot.close()
+        if not environment.writable:
+            raise StoreReadOnlyError(f"{path}: it cannot be written, so it cannot be compacted")
+        reclaim(environment, manifest)
+        with lmdb_errors(path, doing="compact"):
+            yield environment
+    finally:
+        environment.close()
