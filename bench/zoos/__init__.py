@@ -1,0 +1,1 @@
+"""Model zoos the benchmarks run on, each built by a script from public packages."""
