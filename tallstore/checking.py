@@ -86,7 +86,7 @@ def verify_snapshot(
         problems += _documents(snapshot, catalog)
     stray = 0
     try:
-        for key in snapshot.keys():
+        for key in snapshot.all_keys():
             place = split_key(key)
             stray += place is not None and place[0] not in streams
     except TallstoreError as exc:

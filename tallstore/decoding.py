@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,23 +18,10 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.layout import Layout
 from tallstore.ops import TALL_LEVELS, reconstruct
+from tallstore.scratch import Scratch
 from tallstore.specs import SegmentSpec
 
-__all__ = ["Decoder", "Run", "Scratch"]
-
-
-class Scratch(threading.local):
-    """Buffers that each thread reuses: fresh memory costs more than the copy into it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Bytes] = {}
-
-    def take(self, name: str, size: int) -> Bytes:
-        """`size` bytes of the calling thread's buffer called `name`, content undefined."""
-        found = self._buffers.get(name)
-        if found is None or found.size < size:
-            found = self._buffers[name] = np.empty(size, np.uint8)
-        return found[:size]
+__all__ = ["Decoder", "Run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +222,7 @@ class Decoder:
             first = run.within // 8
             planes = data.planes[first : first + (run.count + 7) // 8]
             vector = data.vector[run.within : run.within + run.count]
-        _predict(base, dtype, planes, vector, out, code.dtype)
+        _predict(base, dtype, planes, vector, out, code.dtype, self._scratch)
 
     def base_and_vector(self, arena: int, span: int) -> tuple[Bytes, Bytes | None]:
         """The bytes of the base and of the shared vector (None where it has none) over a span.
@@ -260,7 +246,7 @@ class Decoder:
         part = None
         if planes is not None and vector is not None and self._vector is not None:
             part = torch.from_numpy(vector).view(torch_dtype(self._vector.dtype))
-        _predict(base, base_dtype, planes, part, out, dtype)
+        _predict(base, base_dtype, planes, part, out, dtype, self._scratch)
         return out
 
 
@@ -271,6 +257,7 @@ def _predict(
     vector: torch.Tensor | None,
     out: Bytes,
     dtype: str,
+    scratch: Scratch,
 ) -> None:
     if planes is None:
         same = dtype == base_dtype
@@ -282,4 +269,5 @@ def _predict(
         vector,
         TALL_LEVELS,
         torch.from_numpy(out).view(torch_dtype(dtype)),
+        scratch=scratch,
     )

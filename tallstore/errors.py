@@ -3,7 +3,7 @@
 ::
 
     TallstoreError
-    |-- OptionError               (also ValueError)         an argument or option that makes no sense
+    |-- OptionError               (also ValueError)         an argument that makes no sense
     |-- StoreNotFoundError        (also FileNotFoundError)  nothing at that path
     |-- StoreExistsError          (also FileExistsError)    something is there already
     |-- NotAStoreError            (also ValueError)         something else at that path

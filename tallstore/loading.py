@@ -13,7 +13,8 @@ import torch
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
 from tallstore.decoding import Decoder
-from tallstore.documents import MAX_DOCUMENT, BaseDocument, Contents, TaskDocument
+from tallstore.describing import describe
+from tallstore.documents import BaseDocument, Contents, TaskDocument
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import (
@@ -21,9 +22,7 @@ from tallstore.errors import (
     DeviceError,
     MismatchError,
     OptionError,
-    UnknownTaskError,
     UnknownTensorError,
-    WrongBaseError,
 )
 from tallstore.objects import assemble, build_tensor
 from tallstore.ops import workers
@@ -72,31 +71,16 @@ class Loader:
         if fidelity not in (None, "exact", "codes"):
             raise OptionError(f"fidelity={fidelity!r}: it is 'exact' or 'codes'")
         self.snapshot = snapshot
-        self.what = f"{snapshot.path}: " + ("base" if task is None else f"task {task!r}")
-        if catalog.base is None:
-            raise CorruptStoreError(f"{snapshot.path}: the store holds no base")
-        self.base = BaseDocument.from_bytes(
-            self._document(catalog.base.document), what=f"{snapshot.path}: base"
-        )
-        self.task: TaskDocument | None = None
-        if task is not None:
-            record = catalog.tasks.get(task)
-            if record is None:
-                raise UnknownTaskError(_no_task(str(snapshot.path), task, list(catalog.tasks)))
-            if record.base != catalog.base.identity:
-                raise WrongBaseError(
-                    f"{self.what}: written against base {record.base[:16]}..., the store's is "
-                    f"{catalog.base.identity[:16]}...; restore the store from a copy"
-                )
-            if fidelity == "exact" and not record.exact:
-                raise OptionError(
-                    f"{self.what}: it has masks alone, no exact tier; load it without "
-                    "fidelity='exact', or pack it again with exact=True (--exact)"
-                )
-            self.task = TaskDocument.from_bytes(
-                self._document(record.document), base=self.base, what=self.what
+        described = describe(snapshot, catalog, task=task)
+        if fidelity == "exact" and task is not None and not catalog.tasks[task].exact:
+            raise OptionError(
+                f"{described.what}: it has masks alone, no exact tier; load it without "
+                "fidelity='exact', or pack it again with exact=True (--exact)"
             )
-        self.contents: Contents = (self.task or self.base).contents
+        self.what = described.what
+        self.base: BaseDocument = described.base
+        self.task: TaskDocument | None = described.task
+        self.contents: Contents = described.contents
         self.decoder = Decoder(
             snapshot,
             self.base,
@@ -104,14 +88,6 @@ class Loader:
             vector=catalog.vector,
             exact=fidelity != "codes",
         )
-
-    def _document(self, stream: int) -> bytes:
-        record = self.snapshot.stream(stream)
-        if record.raw > MAX_DOCUMENT:
-            raise CorruptStoreError(f"{self.what}: its document is over the size cap")
-        data = np.empty(record.raw, np.uint8)
-        self.snapshot.read(record, 0, data)
-        return data.tobytes()
 
     def read_file(self, path: str) -> bytes:
         """The content of one of the stored files."""
@@ -375,14 +351,6 @@ def _check_out(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise MismatchError(f"{what}: out= does not fit: {'; '.join(problems[:5])}{more}")
-
-
-def _no_task(path: str, task: str, known: list[str]) -> str:
-    if not known:
-        return f"{path}: no task {task!r}; the store holds the base alone"
-    shown = ", ".join(repr(name) for name in known[:20])
-    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    return f"{path}: no task {task!r}; there are {shown}{more}"
 
 
 def _no_tensor(what: str, name: str, known: list[str]) -> str:

@@ -17,6 +17,11 @@ __all__ = ["OwnSlice", "Plan", "match"]
 
 #: Below this share of matching weights a checkpoint is taken for another architecture's.
 _LEAST_MATCH: Final = 0.5
+#: A tensor with more or fewer rows shares the common ones under masks if they are this many, and
+#: this share of all: an embedding gains a few tokens, but rows of another classifier head are
+#: other classes, which no mask can hold.
+_LEAST_ROWS: Final = 256
+_LEAST_SHARE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ def _pair(
     base: Contents,
     named: Mapping[str, TensorSpec],
     prefix: tuple[str, str],
+    floats_only: bool,
 ) -> tuple[int, int] | None:
     """(base segment, elements in common from its start), or None."""
     for tensor in views:
@@ -95,6 +101,9 @@ def _pair(
         if segment.numel == whole.numel and tensor.geometry[1:] == other.geometry[1:]:
             return other.segment, segment.numel
         rows = tensor.shape[1:] == other.shape[1:] and len(tensor.shape) > 1
+        if rows and floats_only:
+            fewer, more = sorted((tensor.shape[0], other.shape[0]))
+            rows = fewer >= _LEAST_ROWS and fewer >= _LEAST_SHARE * more
         if rows and floats and _is_whole(tensor, segment) and _is_whole(other, whole):
             return other.segment, min(segment.numel, whole.numel)
     return None
@@ -143,7 +152,7 @@ def match(
     taken: set[int] = set()
     for number, segment in enumerate(segments):
         codable = is_codable(segment.dtype) if floats_only else itemsize(segment.dtype) <= 8
-        pair = _pair(views[number], segment, base, named, prefix)
+        pair = _pair(views[number], segment, base, named, prefix, floats_only)
         # Integers under masks: still compared with the base, since most never change.
         # A task that unties what the base ties has two segments for one: codes hold the first.
         if pair and pair[0] not in taken and (codable or pair[1] == segment.numel):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tallstore.errors import MismatchError
+from tallstore.scratch import Scratch
 
 __all__ = ["TALL_LEVELS", "Workers", "reconstruct", "workers"]
 
@@ -26,7 +27,7 @@ __all__ = ["TALL_LEVELS", "Workers", "reconstruct", "workers"]
 TALL_LEVELS: Final = (0.0, 1.0)
 
 #: Weights a step: its scratch fills half of a second-level cache.
-_STEP: Final = 1 << 17
+_STEP: Final = 1 << 18
 
 _WORD: Final = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
 _T = TypeVar("_T")
@@ -92,6 +93,8 @@ def reconstruct(
     vector: torch.Tensor | None,
     levels: Sequence[float],
     out: torch.Tensor,
+    *,
+    scratch: Scratch | None = None,
 ) -> None:
     """Fill `out` with base + levels[code] * vector, on the calling thread.
 
@@ -107,6 +110,8 @@ def reconstruct(
         2**K coefficients.
     out
         Shape (n,), any of the three dtypes; may be `base` itself.
+    scratch
+        Buffers to use again; worth giving where this is called often.
 
     Raises
     ------
@@ -117,6 +122,7 @@ def reconstruct(
     if planes is None:
         out.copy_(base)
         return
+    scratch = Scratch() if scratch is None else scratch
     plain = vector is not None and tuple(levels) == TALL_LEVELS
     rows = None if plain or planes.shape[0] != 1 else _level_rows(levels)
     for start in range(0, base.numel(), _STEP):
@@ -124,9 +130,9 @@ def reconstruct(
         piece = planes[:, start // 8 : -(-stop // 8)].numpy()
         part = None if vector is None else vector[start:stop]
         if plain and part is not None:
-            step = _masked(piece[0], part)
+            step = _masked(piece[0], part, scratch)
         else:
-            step = _scaled(piece, part, levels, rows, stop - start)
+            step = _scaled(piece, part, levels, rows, stop - start, scratch)
         _add(base[start:stop], step, out[start:stop])
 
 
@@ -135,10 +141,20 @@ def _level_rows(levels: Sequence[float]) -> npt.NDArray[np.void]:
     return _byte_rows(np.where(_bits_of_bytes(), high, low))
 
 
-def _masked(plane: npt.NDArray[np.uint8], vector: torch.Tensor) -> torch.Tensor:
+def _expand(
+    plane: npt.NDArray[np.uint8], rows: npt.NDArray[np.void], scratch: Scratch
+) -> npt.NDArray[np.uint8]:
+    """The row of each byte of a plane, one after the other."""
+    found = scratch.take("rows", plane.size * rows.itemsize)
+    # "clip" never clips here; it spares a copy that "raise" makes of the output.
+    np.take(rows, plane, out=found.view(rows.dtype), mode="clip")
+    return found
+
+
+def _masked(plane: npt.NDArray[np.uint8], vector: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """Levels (0, 1): the product by bit operations, in the vector's own dtype, sign of zero too."""
     words = _words(vector)
-    kept = np.take(_KEEP[words.dtype.type], plane).view(words.dtype)[: words.size]
+    kept = _expand(plane, _KEEP[words.dtype.type], scratch).view(words.dtype)[: words.size]
     np.bitwise_and(kept, words, out=kept)
     signed = np.int32 if words.itemsize == 4 else np.int16
     return torch.from_numpy(kept.view(signed)).view(vector.dtype)
@@ -150,26 +166,29 @@ def _scaled(
     levels: Sequence[float],
     rows: npt.NDArray[np.void] | None,
     count: int,
+    scratch: Scratch,
 ) -> torch.Tensor:
     if rows is not None:
-        found = np.take(rows, planes[0]).view(np.float32)[:count]
+        found = _expand(planes[0], rows, scratch).view(np.float32)[:count]
     else:
         code = np.zeros(count, np.uint8)
         for k, plane in enumerate(planes):
             code |= np.unpackbits(plane, count=count, bitorder="little") << np.uint8(k)
         found = np.take(np.asarray(levels, np.float32), code)
     step = torch.from_numpy(found)
-    return step if vector is None else step.mul_(vector.float())
+    return step if vector is None else step.mul_(vector)
 
 
 def _add(base: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
     if base.dtype == step.dtype == out.dtype == torch.float32:
         # numpy's add stays on this thread, whatever torch's thread count.
         np.add(base.numpy(), step.numpy(), out=out.numpy())
-    elif base.dtype == step.dtype == out.dtype:
-        torch.add(base, step, out=out)  # computes in float32, rounds once
-    else:
-        out.copy_(torch.add(base.float(), step.float()))
+        return
+    common = torch.promote_types(base.dtype, step.dtype)
+    if common not in (torch.float32, out.dtype):
+        # Both of one half-precision dtype, wanted in another: torch would round twice.
+        base = base.float()
+    torch.add(base, step, out=out)  # computes in float32, rounds once
 
 
 class Workers:

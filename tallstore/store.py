@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tallstore.catalog import BaseRecord, Catalog, TaskRecord, VectorRecord
 from tallstore.engine.environment import open_environment
+from tallstore.engine.manifest import FORMAT_VERSION
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import (
     CorruptStoreError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from tallstore.checking import Verification
+    from tallstore.describing import Description
     from tallstore.documents import SegmentStats
     from tallstore.loading import Loader
     from tallstore.progress import Report
@@ -96,6 +98,16 @@ class TallStore:
     # -- what is there --------------------------------------------------------------------
 
     @property
+    def format_version(self) -> int:
+        """Version of the format that the file is written in."""
+        return FORMAT_VERSION  # any other is refused at opening
+
+    @property
+    def written_by(self) -> str:
+        """The program that wrote the last commit."""
+        return self._held().manifest.written_by
+
+    @property
     def generation(self) -> int:
         """How many commits led to what this handle shows."""
         return self._held().manifest.generation
@@ -119,20 +131,17 @@ class TallStore:
 
     def tensors(self, task: str | None = None) -> tuple[TensorSpec, ...]:
         """Name, dtype, shape and more of every tensor of the base, or of a task."""
-        return self._loader(task).contents.tensors
+        return self.describe(task).contents.tensors
 
     def segment_stats(self, task: str) -> Mapping[str, SegmentStats]:
         """Density, relative error and norm of each coded tensor of a task, by name."""
-        loader = self._loader(task)
-        if loader.task is None:
-            return {}
-        by_segment = {stats.segment: stats for stats in loader.task.stats}
-        found: dict[str, SegmentStats] = {}
-        for tensor in loader.contents.tensors:
-            for part in loader.task.parts[tensor.segment]:
-                if part.kind == "c" and part.segment in by_segment:
-                    found[tensor.name] = by_segment[part.segment]
-        return found
+        return self.describe(task).segment_stats()
+
+    def describe(self, task: str | None = None) -> Description:
+        """The documents of the base, or of a task: every tensor, file and part."""
+        from tallstore.describing import describe
+
+        return describe(self._held(), self._catalog, task=task)
 
     def stored_bytes(self, task: str | None = None) -> int:
         """Bytes that the base, or a task, takes in the file; the shared vector is apart."""

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
 from tallstore.codecs import Bytes
-from tallstore.documents import MAX_DOCUMENT, BaseDocument
+from tallstore.describing import read_base
+from tallstore.documents import BaseDocument
 from tallstore.engine.chunk import Encoding
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
 from tallstore.engine.manifest import Manifest
@@ -59,14 +58,7 @@ class _Open:
         return self.snapshot.manifest
 
     def base(self) -> BaseDocument:
-        if self.catalog.base is None:
-            raise CorruptStoreError(f"{self.snapshot.path}: the store holds no base")
-        stream = self.snapshot.stream(self.catalog.base.document)
-        if stream.raw > MAX_DOCUMENT:
-            raise CorruptStoreError(f"{self.snapshot.path}: the base's document is over the cap")
-        data = np.empty(stream.raw, np.uint8)
-        self.snapshot.read(stream, 0, data)
-        return BaseDocument.from_bytes(data.tobytes(), what=f"{self.snapshot.path}: base")
+        return read_base(self.snapshot, self.catalog)
 
 
 @contextmanager

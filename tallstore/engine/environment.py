@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from tallstore.errors import (
     StoreLockedError,
     StoreNotFoundError,
     StoreReadOnlyError,
+    TallstoreError,
 )
 
 __all__ = ["Environment", "create_environment", "lmdb_errors", "lock_file", "open_environment"]
@@ -61,6 +63,8 @@ def lmdb_errors(path: Path, *, doing: str, needed: int | None = None) -> Iterato
     """
     try:
         yield
+    except TallstoreError:  # some are OSErrors too
+        raise
     except lmdb.Error as exc:
         raise _translated(exc, path, doing, needed) from exc
     except OSError as exc:
@@ -78,6 +82,11 @@ def _translated(exc: lmdb.Error, path: Path, doing: str, needed: int | None) -> 
         )
     if isinstance(exc, lmdb.ReadonlyError):
         return StoreReadOnlyError(f"{path}: cannot {doing}, it was opened read-only")
+    if "already open in this process" in str(exc):
+        return StoreLockedError(
+            f"{path}: cannot {doing}, a file that was at this path before, and was deleted or "
+            "moved, is still open in this process; close the handles on it first"
+        )
     # py-lmdb puts LMDB's return code, an errno for system errors, at the end of the text only
     # for some classes; `code` is there from 2.0 on.
     code = getattr(exc, "code", 0)
@@ -92,17 +101,27 @@ def _translated(exc: lmdb.Error, path: Path, doing: str, needed: int | None) -> 
 def _os_translated(
     number: int | None, path: Path, doing: str, needed: int | None, text: str
 ) -> Exception:
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if number in (errno.ENOSPC, errno.EDQUOT) or _is_full(number, path, needed):
         room = f" (at least {needed} more bytes are needed)" if needed else ""
         return StoreFullError(
             f"{path}: cannot {doing}, no space left on the device{room}; "
             "what was stored before is intact. Free some space and try again"
         )
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return StoreReadOnlyError(f"{path}: cannot {doing}, no permission to write there ({text})")
+        return StoreReadOnlyError(f"{path}: cannot {doing}, no permission ({text})")
     if number == errno.ENOENT:
         return StoreNotFoundError(f"{path}: no such file or directory")
     return StoreIOError(f"{path}: cannot {doing}: {text}")
+
+
+def _is_full(number: int | None, path: Path, needed: int | None) -> bool:
+    """Whether an input/output error is a full disk: LMDB says so where a write came short."""
+    if number != errno.EIO or not needed:
+        return False
+    try:
+        return shutil.disk_usage(path.parent).free < needed
+    except OSError:
+        return False
 
 
 @dataclass(eq=False)
@@ -117,6 +136,13 @@ class Environment:
     key: tuple[int, int] | None = None
     handles: int = 1
     process: int = field(default_factory=os.getpid)
+    destination: Path | None = None
+    """Where a file under a temporary name is to go: what messages call it."""
+
+    @property
+    def shown(self) -> Path:
+        """The path for messages."""
+        return self.destination or self.path
 
     def close(self) -> None:
         """Give one handle back; the last one closes the environment."""
@@ -152,22 +178,32 @@ class Environment:
             Others still had it open after `timeout` seconds; nothing was changed.
         """
         deadline = time.monotonic() + timeout
-        while not self.try_exclusive():
+        while not self._replaced(other):
             if time.monotonic() >= deadline:
+                self.close()
                 raise StoreLockedError(
                     f"{self.path}: in use by another reader; close it and try again, or wait "
                     f"longer than {timeout:g} s (timeout=). Nothing was changed"
                 )
             time.sleep(0.05)
+
+    def _replaced(self, other: Path) -> bool:
+        # In one hold of the registry: a thread that opens the file waits for the flock in there.
         with _REGISTRY.lock, lmdb_errors(self.path, doing="replace"):
-            self.lmdb.close()
-            if self.key is not None:
-                del _REGISTRY.opened[self.key]
-            self.handles = 0
-            # First the lock file, then the data file: whoever comes between waits for the flock.
-            lock_file(self.path).unlink(missing_ok=True)
-            os.replace(other, self.path)
-            os.close(self.presence)
+            if not self.try_exclusive():
+                return False
+            try:
+                self.lmdb.close()
+                if self.key is not None:
+                    del _REGISTRY.opened[self.key]
+                self.handles = 0
+                # First the lock file, then the data file: whoever comes between waits for the
+                # flock.
+                lock_file(self.path).unlink(missing_ok=True)
+                os.replace(other, self.path)
+            finally:
+                os.close(self.presence)
+            return True
 
     def in_use_elsewhere(self) -> bool:
         """Whether another process has the file open at this moment."""
@@ -304,14 +340,16 @@ def open_environment(path: Path) -> Environment:
         return environment
 
 
-def create_environment(path: Path) -> Environment:
+def create_environment(path: Path, *, destination: Path) -> Environment:
     """Make an empty LMDB file at `path`, where nothing is yet, for this caller alone.
+
+    It is to be moved to `destination`, which messages name.
 
     Its transactions are not synced one by one: nobody knows the file until it is moved to its
     place, and `WriteSession.commit` syncs it before that.
     """
-    with lmdb_errors(path, doing="create"):
+    with lmdb_errors(destination, doing="create"):
         opened = _lmdb_open(path, readonly=False, lock=False, create=True, sync=False)
         presence = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(presence, fcntl.LOCK_EX)
-        return Environment(path, opened, True, presence)
+        return Environment(path, opened, True, presence, destination=destination)

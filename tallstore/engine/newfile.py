@@ -12,6 +12,7 @@ from tallstore.engine.environment import (
     Environment,
     create_environment,
     lmdb_errors,
+    lock_file,
     open_environment,
 )
 from tallstore.engine.snapshot import Snapshot
@@ -45,7 +46,7 @@ class NewFile:
         self.path = path
         self._remove_stale()
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        self.environment: Environment = create_environment(self._temporary)
+        self.environment: Environment = create_environment(self._temporary, destination=path)
 
     def _remove_stale(self) -> None:
         """Remove what killed writers left: theirs are the files that nobody holds a lock on."""
@@ -69,7 +70,7 @@ class NewFile:
         finally:
             os.close(descriptor)
         self.environment.close()
-        self.environment = create_environment(self._temporary)
+        self.environment = create_environment(self._temporary, destination=self.path)
         self.environment.handles += 1
         snapshot = Snapshot(self.environment)
         try:
@@ -87,6 +88,9 @@ class NewFile:
             if self.path.exists():
                 open_environment(self.path).replace_with(self._temporary, timeout=timeout)
             else:
+                # The lock file of a store that was deleted by hand: its transaction numbers must
+                # not be taken for this one's.
+                lock_file(self.path).unlink(missing_ok=True)
                 self._temporary.rename(self.path)
             sync_directory(self.path.parent)
 

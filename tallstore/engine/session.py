@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from tallstore.codecs import Bytes
+from tallstore.engine.advice import release_pages
 from tallstore.engine.chunk import Encoding, open_chunk, seal_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
@@ -30,6 +31,8 @@ _BATCH: Final = 64 << 20
 _BACKLOG: Final = 96 << 20
 #: Chunks a transaction removes when space is reclaimed.
 _RECLAIM: Final = 4096
+#: Bytes that a transaction may add beside its values: pages of the tree and of the free list.
+_SPARE: Final = 4 << 20
 
 
 class StreamWriter:
@@ -154,31 +157,24 @@ class WriteSession:
     def _write(self, batch: list[tuple[bytes, bytearray]], size: int) -> None:
         self.step("chunks")
         environment = self._environment
-        with lmdb_errors(environment.path, doing="write", needed=size):
+        with lmdb_errors(environment.shown, doing="write", needed=size):
+            fit_file(environment, spare=size + _SPARE)
             with environment.lmdb.begin(write=True) as transaction:
                 for key, value in batch:
                     transaction.put(key, value)
-            self._fit_file()
+            fit_file(environment)
             self._read_back([key for key, _ in batch])
-
-    def _fit_file(self) -> None:
-        # LMDB never writes a page that it allocated and freed within one transaction; where that
-        # was the last one the file ends early, which would look like a truncated file.
-        environment = self._environment
-        pages = environment.lmdb.info()["last_pgno"] + 1
-        needed = pages * environment.lmdb.stat()["psize"]
-        if os.stat(environment.path).st_size < needed:
-            os.truncate(environment.path, needed)
 
     def _read_back(self, keys: list[bytes]) -> None:
         """No save succeeds with other bytes than it was given: check what the file gives back."""
         with self._environment.lmdb.begin(buffers=True) as transaction:
             for key in keys:
                 value = transaction.get(key)
-                what = f"{self._environment.path}: read back of chunk {split_key(key)}"
+                what = f"{self._environment.shown}: read back of chunk {split_key(key)}"
                 if value is None:
                     raise CorruptStoreError(f"{what}: it is not there")
                 open_chunk(value, None, store=self.store, key=key, what=what)
+                release_pages(value)
 
     def _finish(self) -> None:
         self._queue.put(None)
@@ -213,16 +209,17 @@ class WriteSession:
         )
         value = after.to_bytes()
         environment = self._environment
-        with lmdb_errors(environment.path, doing="commit", needed=len(value)):
+        with lmdb_errors(environment.shown, doing="commit", needed=len(value)):
             environment.lmdb.sync(True)
             self.step("synced")
+            fit_file(environment, spare=len(value) + _SPARE)
             with environment.lmdb.begin(write=True) as transaction:
                 transaction.put(MANIFEST_KEY, value)
                 self.step("manifest")
             environment.lmdb.sync(True)
             self.step("committed")
             self._committed = True
-            self._fit_file()
+            fit_file(environment)
         reclaim(environment, after, step=self.step)
         return after
 
@@ -243,15 +240,30 @@ def reclaim(
 ) -> int:
     """Remove the chunks of streams that `manifest` does not know; returns how many there were."""
     removed = 0
-    with lmdb_errors(environment.path, doing="reclaim space"):
+    with lmdb_errors(environment.shown, doing="reclaim space"):
         while doomed := _unreferenced(environment, manifest):
             if step is not None:
                 step("reclaim")
+            fit_file(environment, spare=_SPARE)
             with environment.lmdb.begin(write=True) as transaction:
                 for key in doomed:
                     transaction.delete(key)
             removed += len(doomed)
+        fit_file(environment)
     return removed
+
+
+def fit_file(environment: Environment, *, spare: int = 0) -> None:
+    """Make the file as long as its pages, and `spare` bytes longer while a transaction runs.
+
+    LMDB never writes a page that it allocated and freed within one transaction; where that was
+    the last one the file would end early, which looks like a truncated file. And what a failed
+    write appended is given back.
+    """
+    needed = (environment.lmdb.info()["last_pgno"] + 1) * environment.lmdb.stat()["psize"]
+    size = os.stat(environment.path).st_size
+    if size < needed + spare or (size > needed and not spare):
+        os.truncate(environment.path, needed + spare)
 
 
 def _unreferenced(environment: Environment, manifest: Manifest) -> list[bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tallstore.codecs import Bytes
+from tallstore.engine.advice import release_pages
 from tallstore.engine.chunk import HEADER_SIZE, open_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
@@ -89,6 +90,7 @@ class Snapshot:
         try:
             open_chunk(value, out, store=self.manifest.store, key=key, what=what)
         finally:
+            release_pages(value)
             value.release()
 
     def read(self, stream: Stream, start: int, out: Bytes) -> None:
@@ -111,7 +113,7 @@ class Snapshot:
                 out[filled : filled + count] = whole[within : within + count]
             filled += count
 
-    def keys(self) -> Iterator[bytes]:
+    def all_keys(self) -> Iterator[bytes]:
         """Every key in the file, in order."""
         with lmdb_errors(self.path, doing="list its keys"):
             for key in self._transaction.cursor().iternext(keys=True, values=False):

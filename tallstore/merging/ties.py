@@ -103,7 +103,8 @@ class Ties:
         """Trim, elect and sum one piece."""
         trimmed = self._trim(vectors)
         sign = np.sign(self._elect(trimmed))
-        sign[sign == 0] = self.majority
+        # Where even the majority is undecided the reference, too, takes the negative entries.
+        sign[sign == 0] = self.majority or -1.0
         merged = np.zeros(vectors.shape[1], np.float32)
         for row in trimmed:
             np.add(merged, np.where(np.sign(row) == sign, row, np.float32(0)), out=merged)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -11,8 +13,9 @@ import torch
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.coding import CodeStats
 from tallstore.decoding import Decoder
-from tallstore.documents import BaseDocument
+from tallstore.documents import CODE, BaseDocument
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError, TallstoreError
@@ -42,7 +45,8 @@ def check_lambdas(value: float | Sequence[float] | None, *, evaluate: bool) -> t
     if value is None:
         return (DEFAULT_TALL_LAMBDA,)
     given = (value,) if isinstance(value, (int, float)) else tuple(value)
-    if not given or not all(math.isfinite(g) and g > 0 for g in given):
+    numbers = all(isinstance(g, (int, float)) and math.isfinite(g) and g > 0 for g in given)
+    if not given or not numbers:
         raise OptionError(f"tall_lambda={value!r}: positive numbers, 0.2 .. 0.6 in the paper")
     if len(given) > 1 and not evaluate:
         raise OptionError(
@@ -118,15 +122,21 @@ def _reconstruct(
         for span in range(base.layout.arenas[arena].spans)
     ]
 
+    stats: dict[int, CodeStats] = defaultdict(CodeStats)
+    lock = threading.Lock()
+
     def rebuild(item: tuple[int, int]) -> None:
         arena, span = item
         place = span * base.layout.arenas[arena].span
         base_bytes, vector_bytes = decoder.base_and_vector(arena, span)
         if vector_bytes is None:
             return
-        planes, _, _ = tall_span(
+        planes, found, _ = tall_span(
             candidate, arena, place, base_bytes, vector_bytes, vector.dtype, tall_lambda
         )
+        with lock:
+            for segment, sums in found:
+                stats[segment].add(sums)
         dtype = candidate.plan.dtypes[arena]
         predicted = decoder.predict(arena, base_bytes, vector_bytes, planes, dtype)
         count = base_bytes.size // itemsize(base.layout.arenas[arena].dtype)
@@ -134,6 +144,11 @@ def _reconstruct(
 
     for _ in workers.each(rebuild, spans):
         pass
+    for segment, parts in enumerate(candidate.plan.parts):
+        for part in parts:
+            sums = stats.get(part.segment) if part.kind == CODE else None
+            if sums is not None and (sums.same or not sums.finite):
+                source.read(segment, 0, memory[segment])  # loads as it is: equal, or not finite
     tensors = [
         build_tensor(spec, torch.from_numpy(memory[spec.segment])) for spec in source.tensors
     ]

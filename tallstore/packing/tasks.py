@@ -64,7 +64,7 @@ class _Coding:
             record = layout.arenas[arena]
             if self.masks(arena):
                 self.planes[arena] = session.stream(record.span // 8)
-            if target.exact:
+            if target.exact and itemsize(self.dtype(arena)) <= 8:
                 self.exact[arena] = session.stream(record.span * itemsize(self.dtype(arena)))
 
     def masks(self, arena: int) -> bool:

@@ -1,0 +1,118 @@
+"""What a base or a task is made of, read from its document; without torch, so that `info` is quick.
+
+`tallstore.loading` builds on this to read weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tallstore.catalog import Catalog
+from tallstore.documents import (
+    CODE,
+    MAX_DOCUMENT,
+    OWN,
+    BaseDocument,
+    Contents,
+    SegmentStats,
+    TaskDocument,
+)
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import CorruptStoreError, UnknownTaskError, WrongBaseError
+from tallstore.specs import TensorSpec
+
+__all__ = ["Description", "describe", "read_base"]
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The documents of the base and, where a task is described, of the task."""
+
+    what: str
+    """For messages: the store's path and the task."""
+    base: BaseDocument
+    task: TaskDocument | None
+
+    @property
+    def contents(self) -> Contents:
+        """Of the task, or of the base where no task is described."""
+        return (self.task or self.base).contents
+
+    def segment_stats(self) -> Mapping[str, SegmentStats]:
+        """What coding did to each coded tensor, by name."""
+        if self.task is None:
+            return {}
+        by_segment = {stats.segment: stats for stats in self.task.stats}
+        found: dict[str, SegmentStats] = {}
+        for tensor in self.contents.tensors:
+            for part in self.task.parts[tensor.segment]:
+                if part.kind == CODE and part.segment in by_segment:
+                    found[tensor.name] = by_segment[part.segment]
+        return found
+
+    def kept(self, tensor: TensorSpec) -> str:
+        """How a tensor is kept: ``"base"``, ``"coded"``, ``"own"``, ``"coded, own"`` if in parts.
+
+        ``"base"`` stands for weights that are the base's, which cost a task nothing.
+        """
+        if self.task is None:
+            return "base"
+        kinds = {part.kind for part in self.task.parts[tensor.segment]}
+        words = [word for kind, word in ((CODE, "coded"), (OWN, "own")) if kind in kinds]
+        return ", ".join(words) or "base"
+
+
+def describe(snapshot: Snapshot, catalog: Catalog, *, task: str | None) -> Description:
+    """The documents of a task, or of the base where `task` is None.
+
+    Raises
+    ------
+    UnknownTaskError
+        There is no such task; the message lists those there are.
+    WrongBaseError, CorruptStoreError
+        The store contradicts itself.
+    """
+    base = read_base(snapshot, catalog)
+    if task is None:
+        return Description(f"{snapshot.path}: base", base, None)
+    what = f"{snapshot.path}: task {task!r}"
+    record = catalog.tasks.get(task)
+    if record is None:
+        raise UnknownTaskError(_no_task(str(snapshot.path), task, list(catalog.tasks)))
+    if catalog.base is not None and record.base != catalog.base.identity:
+        raise WrongBaseError(
+            f"{what}: written against base {record.base[:16]}..., the store's is "
+            f"{catalog.base.identity[:16]}...; restore the store from a copy"
+        )
+    data = _document(snapshot, record.document, what)
+    return Description(what, base, TaskDocument.from_bytes(data, base=base, what=what))
+
+
+def read_base(snapshot: Snapshot, catalog: Catalog) -> BaseDocument:
+    """The base's document; raises CorruptStoreError where there is none."""
+    if catalog.base is None:
+        raise CorruptStoreError(f"{snapshot.path}: the store holds no base")
+    what = f"{snapshot.path}: base"
+    return BaseDocument.from_bytes(_document(snapshot, catalog.base.document, what), what=what)
+
+
+def _document(snapshot: Snapshot, number: int, what: str) -> bytes:
+    record = snapshot.stream(number)
+    if record.raw > MAX_DOCUMENT:
+        raise CorruptStoreError(f"{what}: its document is over the size cap")
+    data = np.empty(record.raw, np.uint8)
+    snapshot.read(record, 0, data)
+    return data.tobytes()
+
+
+def _no_task(path: str, task: str, known: list[str]) -> str:
+    if not known:
+        return f"{path}: no task {task!r}; the store holds the base alone"
+    shown = ", ".join(repr(name) for name in known[:_SHOWN])
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"{path}: no task {task!r}; there are {shown}{more}"
