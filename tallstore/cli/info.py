@@ -1,0 +1,131 @@
+"""``tallstore info``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tallstore.cli.options import complete_task, examples, json_option, store_argument
+from tallstore.cli.printing import Table, emit_json, number, pairs, percent, ratio, size
+
+if TYPE_CHECKING:
+    from tallstore.store import TallStore
+
+__all__ = ["info"]
+
+
+@click.command(
+    epilog=examples(
+        "tallstore info zoo.tall",
+        "tallstore info zoo.tall math --tensors",
+    )
+)
+@store_argument
+@click.argument("task", required=False, shell_complete=complete_task)
+@click.option("--tensors", is_flag=True, help="List every tensor of the task, or of the base.")
+@json_option
+def info(*, store: str, task: str | None, tensors: bool, as_json: bool) -> None:
+    """Tell what a store, or one task of it, is made of."""
+    from tallstore.cli.facts import tensor_facts
+    from tallstore.store import TallStore
+
+    with TallStore(store) as opened:
+        facts = _store(opened) if task is None else _task(opened, task)
+        rows = tensor_facts(opened, task) if tensors else []
+    if as_json:
+        emit_json({**facts, "tensor_list": rows} if tensors else facts)
+        return
+    pairs(_store_pairs(facts) if task is None else _task_pairs(facts))
+    if tensors:
+        click.echo()
+        _tensor_table(rows, coded=task is not None).echo()
+
+
+def _store(store: TallStore) -> dict[str, Any]:
+    from tallstore.cli.facts import store_facts
+
+    return store_facts(store)
+
+
+def _task(store: TallStore, task: str) -> dict[str, Any]:
+    from tallstore.cli.facts import task_facts
+    from tallstore.sources.safetensors_file import METADATA_FILE  # kept as a file, but is none
+
+    described = store.describe(task)  # first: it names the tasks there are
+    files = [file.path for file in described.contents.files if file.path != METADATA_FILE]
+    return {"store": str(store.path), **task_facts(store, task), "files": files}
+
+
+def _exactly(nbytes: int) -> str:
+    return f"{size(nbytes)} ({nbytes:,} bytes)"
+
+
+def _parameters(found: dict[str, Any]) -> str:
+    return f", {json.dumps(found)}" if found else ""
+
+
+def _store_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    base, vector, tasks = facts["base"], facts["vector"], facts["tasks"]
+    whole, free = facts["file_bytes"], facts["free_bytes"]
+    hint = "; compact gives it back" if 10 * free > whole else ""
+    shared = "none: no task uses one"
+    if vector is not None:
+        shared = (
+            f"{size(vector['stored_bytes'])} as {vector['dtype']}; {vector['rule']}"
+            f"{_parameters(vector['parameters'])}, merged from {len(vector['merged_from'])} tasks"
+        )
+    stored = sum(task["stored_bytes"] for task in tasks)
+    original = facts["original_bytes"]
+    bits = facts["bits_per_weight_and_task"]
+    return [
+        ("store", facts["store"]),
+        ("format", f"version {facts['format_version']}, written by {facts['written_by']}"),
+        ("commits", str(facts["generation"])),
+        ("file", f"{_exactly(whole)}, {percent(free, whole)} free{hint}"),
+        ("base", f"{base['weights']:,} weights in {base['tensors']} tensors"),
+        ("base stored", f"{_exactly(base['stored_bytes'])} of {size(base['original_bytes'])}"),
+        ("base from", f"{base['label']} ({base['kind']}), {base['created']}"),
+        ("base identity", base["identity"]),
+        ("shared vector", shared),
+        ("tasks", f"{len(tasks)}, {size(stored)} together"),
+        ("bits/weight", f"{bits:.2f} a task, shared vector included" if bits else ""),
+        ("originals", f"{_exactly(original)}; the file is {ratio(original, whole)} of them"),
+    ]
+
+
+def _task_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    coded, weights, own = facts["coded_weights"], facts["weights"], facts["own_weights"]
+    lossless = "bit for bit" if facts["exact"] else "an approximation (masks alone are lossy)"
+    of_masks = " (of the masks alone)" if facts["exact"] else ""
+    error = facts["relative_error"]
+    masks = f"{facts['planes']} bit a weight" if facts["code"] == "tall" else "none"
+    return [
+        ("task", facts["task"]),
+        ("kept as", facts["kept_as"]),
+        ("loads as", lossless),
+        ("stored", f"{_exactly(facts['stored_bytes'])} of {size(facts['original_bytes'])}"),
+        ("bits/weight", number(facts["bits_per_weight"])),
+        ("weights", f"{weights:,} in {facts['tensors']} tensors"),
+        ("coded", f"{coded:,} weights, {percent(coded, weights)}"),
+        ("kept whole", f"{own:,} weights (heads, what the base lacks)" if own else "none"),
+        ("masks", masks),
+        ("tall lambda", number(facts["tall_lambda"])),
+        ("density", number(facts["density"], 4)),
+        ("relative error", "" if error is None else f"{error:.4f}{of_masks}"),
+        ("score", number(facts["score"], 4)),
+        ("files", ", ".join(facts["files"])),
+        ("from", f"{facts['label']} ({facts['kind']}), {facts['created']}"),
+        ("written against", f"base {facts['base']}"),
+    ]
+
+
+def _tensor_table(rows: list[dict[str, Any]], *, coded: bool) -> Table:
+    titles = ("kept", "density", "rel. error") if coded else ()
+    table = Table("tensor", "dtype", "shape", *titles, name_last=True)
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        cells = (row["kept"], number(row["density"]), number(row["relative_error"]))
+        table.add(row["name"], row["dtype"], shape, *(cells if coded else ()))
+    return table

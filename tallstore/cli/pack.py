@@ -1,0 +1,173 @@
+"""``tallstore pack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tallstore.cli.options import (
+    examples,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    timeout_option,
+    yes_option,
+)
+from tallstore.cli.printing import Table, ask, emit_json, notes, number, ratio, size
+from tallstore.cli.progressbar import Progress
+from tallstore.cli.zoo import read_tasks, split_store
+from tallstore.errors import StoreExistsError
+
+__all__ = ["pack"]
+
+
+@click.command(
+    epilog=examples(
+        "tallstore pack zoo.tall --base base/ math=math/ code=code.safetensors",
+        "tallstore pack zoo.tall --base base/ --exact fine-tunes/",
+    )
+)
+@click.argument("items", metavar="STORE NAME=PATH...", nargs=-1, required=True, type=click.Path())
+@click.option("--base", required=True, metavar="PATH", help="The pretrained checkpoint.")
+@click.option(
+    "--merge",
+    type=click.Choice(["ta", "ties"]),
+    default="ta",
+    show_default=True,
+    help="Shared vector: the sum of the task vectors (ta), or TIES.",
+)
+@click.option(
+    "--tall-lambda",
+    type=float,
+    metavar="NUMBER",
+    help="Above 0; a larger one masks more weights away.  [default: 0.4]",
+)
+@click.option(
+    "--vector-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="How the shared vector is kept.",
+)
+@click.option("--exact", is_flag=True, help="Keep the residual: load the originals bit for bit.")
+@overwrite_option
+@yes_option
+@timeout_option
+@json_option
+@quiet_option
+def pack(
+    *,
+    items: tuple[str, ...],
+    base: str,
+    merge: str,
+    tall_lambda: float | None,
+    vector_dtype: str,
+    exact: bool,
+    overwrite: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Pack a base and its fine-tunes into a new store.
+
+    Tasks are given as NAME=PATH, as bare paths (the name is the file's, without its suffix),
+    or as a directory of checkpoints. One shared vector and one bit per weight and task are
+    kept; that is lossy. With --exact the residual is kept too.
+    """
+    place, rest = split_store(items)
+    if not rest:
+        raise click.UsageError("No tasks are named; give NAME=PATH, or a directory of checkpoints.")
+    tasks = read_tasks(rest, base=base)
+    _may_replace(place, overwrite=overwrite, yes=yes)
+    from tallstore import api
+
+    with Progress(quiet=quiet) as progress:
+        remarks = api.pack(
+            place,
+            base,
+            tasks,
+            merge=merge,
+            tall_lambda=tall_lambda,
+            vector_dtype=vector_dtype,
+            exact=exact,
+            overwrite=overwrite,
+            timeout=timeout,
+            report=progress.report,
+        )
+    _report(place, remarks, as_json=as_json, quiet=quiet)
+
+
+def _may_replace(place: str, *, overwrite: bool, yes: bool) -> None:
+    """Ask before a store is replaced; what is no store is never replaced."""
+    if not Path(place).exists():
+        return
+    from tallstore.store import TallStore
+
+    with TallStore(place) as store:
+        names = ", ".join(store.tasks)
+        if not overwrite:
+            raise StoreExistsError(
+                f"{place}: there already; give --overwrite to replace it, or another path"
+            )
+        ask(f"Replace {place}, which holds {len(store.tasks)} tasks ({names})?", yes=yes)
+
+
+def _report(place: str, remarks: list[str], *, as_json: bool, quiet: bool) -> None:
+    from tallstore.cli.facts import store_facts
+    from tallstore.store import TallStore
+
+    with TallStore(place) as store:
+        facts = store_facts(store)
+    lossy = [task["task"] for task in facts["tasks"] if not task["exact"]]
+    notes(remarks, quiet=quiet)
+    if as_json:
+        emit_json({**facts, "lossy": bool(lossy), "notes": remarks})
+        return
+    _table(facts).echo()
+    click.echo(_summary(facts))
+    click.echo(_fidelity(lossy=bool(lossy)))
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table("task", "stored", "bits/weight", "density", "rel. error", "original")
+    for task in facts["tasks"]:
+        table.add(
+            task["task"],
+            size(task["stored_bytes"]),
+            number(task["bits_per_weight"]),
+            number(task["density"]),
+            number(task["relative_error"]),
+            size(task["original_bytes"]),
+        )
+    base, vector = facts["base"], facts["vector"]
+    table.add("(base)", size(base["stored_bytes"]), "", "", "", size(base["original_bytes"]))
+    if vector is not None:
+        table.add("(shared vector)", size(vector["stored_bytes"]))
+    table.add("(whole file)", size(facts["file_bytes"]), "", "", "", size(facts["original_bytes"]))
+    return table
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    original, whole = facts["original_bytes"], facts["file_bytes"]
+    bits = facts["bits_per_weight_and_task"]
+    shared = f"\n{bits:.2f} bits per weight and task, shared vector included." if bits else ""
+    return (
+        f"{len(facts['tasks']) + 1} checkpoints of {size(original)} in one file of {size(whole)}: "
+        f"{ratio(original, whole)} of them.{shared}"
+    )
+
+
+def _fidelity(*, lossy: bool) -> str:
+    if lossy:
+        return (
+            "Masks alone are lossy: a task loads as an approximation, whose error is relative\n"
+            "to the change that fine-tuning made. --exact keeps the residual, and with it the\n"
+            "originals bit for bit."
+        )
+    return (
+        "Exact: every task loads bit for bit as it was. The error is that of the masks\n"
+        "alone, which the residual makes good."
+    )
