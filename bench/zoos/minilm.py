@@ -70,6 +70,12 @@ class Zoo:
     base: Path
     tasks: dict[str, Path]
 
+    @classmethod
+    def at(cls, folder: Path) -> Zoo:
+        """Take a folder of trained tasks as it is, whatever their settings were."""
+        found = sorted(p for p in folder.iterdir() if (p / "model.safetensors").is_file())
+        return cls(folder / "base", {p.name: p for p in found if p.name != "base"})
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -1,0 +1,27 @@
+"""Timing in pairs: what is compared runs by turns in one process, and ratios are of medians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+__all__ = ["by_turns"]
+
+
+def by_turns(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Seconds of each, as minimum, median and maximum; all of them once a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            spent = time.perf_counter() - began
+            if turn >= warmup:
+                seconds[name].append(spent)
+    return {
+        name: {"min": min(found), "median": median(found), "max": max(found)}
+        for name, found in seconds.items()
+    }
