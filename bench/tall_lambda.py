@@ -90,12 +90,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--zoo", type=Path, help="a directory of trained tasks to take as it is")
+    parser.add_argument("--rules", nargs="+", default=["ta", "ties"])
     args = parser.parse_args()
     found = Zoo.at(args.zoo) if args.zoo else zoo(args.cache, steps=args.steps)
     own = {t: _scores(t, _state(p), args.cache) for t, p in found.tasks.items()}
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        for rule in ("ta", "ties"):
+        for rule in args.rules:
             table = _sweep(found, rule, Path(directory) / "zoo.tall", args.cache)
             rows += list(_rows(rule, list(found.tasks), table, own))
     print(

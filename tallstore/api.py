@@ -165,6 +165,7 @@ def pack(
     evaluate: Evaluate | None = None,
     vector_dtype: str = "bfloat16",
     exact: bool = False,
+    compress: bool = False,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
@@ -194,6 +195,8 @@ def pack(
     exact
         Keep the residual too: loading then gives back the originals bit for bit. Masks alone
         are lossy.
+    compress
+        Compress the base too: a sixth off float32, a third off bfloat16; loading takes longer.
     overwrite
         Replace a store at `path`.
     timeout, report
@@ -224,6 +227,7 @@ def pack(
             evaluate=evaluate,
             vector_dtype=vector_dtype,
             exact=exact,
+            compress=compress,
             overwrite=overwrite,
             timeout=timeout,
             report=report,

@@ -10,13 +10,14 @@ from typing import Final
 import numpy as np
 import torch
 
+from tallstore.advice import release_pages
 from tallstore.catalog import VectorRecord
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
 from tallstore.documents import CODE, OWN, ArenaCode, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
-from tallstore.layout import Layout
+from tallstore.layout import Arena, Layout
 from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
 from tallstore.specs import SegmentSpec
@@ -58,9 +59,18 @@ class _Span:
     planes: Bytes | None
     residual: Bytes | None
     code: ArenaCode | None
+    in_map: bool = False
+    """Whether `base` is LMDB's own memory."""
+
+    def release(self) -> None:
+        """Let go of what is LMDB's; nothing of the span may be used afterwards."""
+        if self.in_map:
+            release_pages(self.base)
 
 
 _SPAN_KEY = tuple[bool, int, int]
+#: Up to so many tensors of a span are reconstructed each in its place.
+_FEW: Final = 8
 
 
 class Decoder:
@@ -86,6 +96,7 @@ class Decoder:
         self._codes = {code.arena: code for code in task.codes} if task else {}
         self._scratch: Final = Scratch()
         self._links = self._link()
+        self._check_streams()
         self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
 
     def _link(self) -> dict[tuple[bool, int], list[_Link]]:
@@ -101,6 +112,34 @@ class Decoder:
                 links[part.kind == OWN, part.segment].append(link)
                 offset += part.count
         return links
+
+    def _check_streams(self) -> None:
+        """Every stream over an arena must be as long as the arena: decoding counts on it."""
+        for arena, stream in zip(self._base.layout.arenas, self._base.streams, strict=True):
+            self._check_stream(stream, arena, 8 * itemsize(arena.dtype))
+        if self._vector is not None:
+            width = 8 * itemsize(self._vector.dtype)
+            for arena, stream in zip(self._base.layout.arenas, self._vector.streams, strict=False):
+                self._check_stream(stream, arena, width)
+        if self._task is None:
+            return
+        for arena, stream in zip(self._task.own_layout.arenas, self._task.own_streams, strict=True):
+            self._check_stream(stream, arena, 8 * itemsize(arena.dtype))
+        for code in self._task.codes:
+            arena = self._base.layout.arenas[code.arena]
+            self._check_stream(code.planes, arena, 1)
+            self._check_stream(code.exact, arena, 8 * itemsize(code.dtype))
+
+    def _check_stream(self, number: int | None, arena: Arena, bits: int) -> None:
+        if not number:
+            return
+        stream = self._snapshot.stream(number)
+        wanted = (arena.span * bits // 8, arena.weights * bits // 8)
+        if (stream.chunk_size, stream.raw) != wanted:
+            raise CorruptStoreError(
+                f"{self._snapshot.path}: stream {number} has {stream.raw} bytes in chunks of "
+                f"{stream.chunk_size}, its arena takes {wanted[1]} in chunks of {wanted[0]}"
+            )
 
     def _layout(self, own: bool) -> Layout:
         return self._task.own_layout if own and self._task else self._base.layout
@@ -165,23 +204,34 @@ class Decoder:
         Returns
         -------
         _Span
-            Valid until the same thread loads the next one.
+            Valid until the same thread loads the next one; `release` it when done.
         """
         own, arena, span = key
-        if own and self._task is not None:
-            stream = self._task.own_streams[arena]
-            return _Span(self._chunk(stream, span, "base", into), None, None, None, None)
-        base = self._chunk(self._base.streams[arena], span, "base", into)
-        code = self._codes.get(arena) if coded else None
+        stream = (self._task.own_streams if own and self._task else self._base.streams)[arena]
+        base, in_map = self._elements(stream, span, into)
+        code = None if own or not coded else self._codes.get(arena)
         if code is None:
-            return _Span(base, None, None, None, None)
+            return _Span(base, None, None, None, None, in_map)
         planes = vector = residual = None
         if code.planes is not None:
             planes = self._chunk(code.planes, span, "planes")
             vector = self._vector_chunk(arena, span)
         if code.exact is not None and self._exact:
             residual = self._chunk(code.exact, span, "residual")
-        return _Span(base, vector, planes, residual, code)
+        return _Span(base, vector, planes, residual, code, in_map)
+
+    def _elements(self, stream: int, span: int, into: Bytes | None) -> tuple[Bytes, bool]:
+        """The elements of a span, and whether they are in LMDB's map: uncompressed ones are."""
+        record = self._snapshot.stream(stream)
+        if into is not None and into.size == record.raw_size(span):
+            return self._chunk(stream, span, "base", into), False
+        room: list[Bytes] = []
+
+        def take(size: int) -> Bytes:
+            room.append(self._scratch.take("base", size))
+            return room[-1]
+
+        return self._snapshot.view_chunk(record, span, room=take), not room
 
     def _vector_chunk(self, arena: int, span: int) -> torch.Tensor:
         record = self._vector
@@ -195,33 +245,58 @@ class Decoder:
 
     # -- weights --------------------------------------------------------------------------
 
-    def decode(self, data: _Span, key: _SPAN_KEY, run: Run, out: Bytes) -> None:
-        """Fill `out` with the bytes of a run of a loaded span."""
+    def decode(self, data: _Span, key: _SPAN_KEY, runs: Sequence[tuple[Run, Bytes]]) -> None:
+        """Fill memory with the bytes of runs of a loaded span.
+
+        Parameters
+        ----------
+        runs
+            Each with the bytes that it is to fill.
+        """
         own, arena, _ = key
         dtype = self._layout(own).arenas[arena].dtype
         size = itemsize(dtype)
-        base = data.base[run.within * size : (run.within + run.count) * size]
-        if not run.coded:
-            np.copyto(out, base)
+        for run, out in runs:
+            if not run.coded:
+                np.copyto(out, data.base[run.within * size : (run.within + run.count) * size])
+        coded = [(run, out) for run, out in runs if run.coded]
+        if not coded:
             return
-        code = data.code
-        if code is None:
+        if data.code is None:
             raise CorruptStoreError(f"{self._snapshot.path}: a coded part without a code")
-        self._predict(data, code, dtype, base, run, out)
-        if data.residual is not None:
-            wide = itemsize(code.dtype)
-            start = run.within * wide
-            zigzag = data.residual[start : start + run.count * wide]
-            np.copyto(out, add_residual(out, zigzag, code.dtype))
+        self._decode_coded(data, data.code, dtype, coded)
+
+    def _decode_coded(
+        self, data: _Span, code: ArenaCode, dtype: str, runs: Sequence[tuple[Run, Bytes]]
+    ) -> None:
+        width = itemsize(code.dtype)
+        low, together = 0, None
+        if len(runs) > _FEW:
+            # Many small tensors: one pass over them all, then copies, so that threads meet less.
+            low = min(run.within for run, _ in runs)
+            high = max(run.within + run.count for run, _ in runs)
+            together = self._scratch.take("predicted", (high - low) * width)
+            self._predict(data, code, dtype, low, high, together)
+        for run, out in runs:
+            if together is None:
+                self._predict(data, code, dtype, run.within, run.within + run.count, out)
+            else:
+                start = (run.within - low) * width
+                np.copyto(out, together[start : start + out.size])
+            if data.residual is not None:
+                zigzag = data.residual[run.within * width : (run.within + run.count) * width]
+                np.copyto(out, add_residual(out, zigzag, code.dtype))
 
     def _predict(
-        self, data: _Span, code: ArenaCode, dtype: str, base: Bytes, run: Run, out: Bytes
+        self, data: _Span, code: ArenaCode, dtype: str, low: int, high: int, out: Bytes
     ) -> None:
+        """Predict weights `low` to `high` of a span."""
+        size = itemsize(dtype)
         planes = vector = None
         if data.planes is not None and data.vector is not None:
-            first = run.within // 8
-            planes = data.planes[first : first + (run.count + 7) // 8]
-            vector = data.vector[run.within : run.within + run.count]
+            planes = data.planes[low // 8 : (high + 7) // 8]
+            vector = data.vector[low:high]
+        base = data.base[low * size : high * size]
         _predict(base, dtype, planes, vector, out, code.dtype, self._scratch)
 
     def base_and_vector(self, arena: int, span: int) -> tuple[Bytes, Bytes | None]:

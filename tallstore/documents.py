@@ -138,6 +138,24 @@ class Contents:
         """Bytes of all segments and files: what the original holds."""
         return sum(s.nbytes for s in self.segments) + sum(f.nbytes for f in self.files)
 
+    def flat(self) -> dict[str, int] | None:
+        """Tensor numbers by key, where the object is one dict of tensors; None where it is not."""
+        tree = self.tree.get("$odict", self.tree) if isinstance(self.tree, dict) else None
+        if not isinstance(tree, dict):
+            return None
+        found: dict[str, int] = {}
+        for key, leaf in tree.items():
+            number = leaf.get("$tensor") if isinstance(leaf, dict) and len(leaf) == 1 else None
+            if type(number) is not int or not 0 <= number < len(self.tensors):
+                return None
+            found[key] = number
+        return found
+
+    def names(self) -> dict[str, int]:
+        """Tensor numbers by name; in a dict of tensors, one tensor under two keys has both."""
+        own = {tensor.name: number for number, tensor in enumerate(self.tensors)}
+        return own | (self.flat() or {})
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in a document."""
         return {

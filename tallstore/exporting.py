@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -56,7 +57,7 @@ def export(
     OptionError
         The task is a nest of objects, which no safetensors file can hold.
     """
-    _check_flat(loader)
+    tensors = _flat(loader)
     if out.exists() and not overwrite:
         raise StoreExistsError(f"{out}: there already; remove it, or name another place")
     if not out.parent.is_dir():
@@ -64,24 +65,22 @@ def export(
     if out.suffix == ".safetensors":
         if out.is_dir():
             raise StoreExistsError(f"{out}: a directory is in the way")
-        _write_shards(loader, [(out, list(loader.contents.tensors))], progress)
+        _write_shards(loader, [(out, tensors)], progress)
         return [out]
-    return _export_directory(loader, out, max_shard_size, progress)
+    return _export_directory(loader, tensors, out, max_shard_size, progress)
 
 
-def _check_flat(loader: Loader) -> None:
-    tree, tensors = loader.contents.tree, loader.contents.tensors
-    flat = tree.get("$odict", tree) if isinstance(tree, dict) else None
-    leaves = flat.values() if isinstance(flat, dict) else ()
-    if not leaves or not all(
-        isinstance(leaf, dict) and set(leaf) == {"$tensor"} for leaf in leaves
-    ):
+def _flat(loader: Loader) -> list[TensorSpec]:
+    """The tensors under the names that a file is to give them."""
+    found = loader.contents.flat()
+    if found is None:
         raise OptionError(
             f"{loader.what}: it is no flat dict of tensors but a nest of objects, which a "
             "safetensors file cannot hold; load it with tallstore.load"
         )
-    if not tensors:
+    if not found:
         raise OptionError(f"{loader.what}: it has no tensors")
+    return [replace(loader.contents.tensors[n], name=name) for name, n in found.items()]
 
 
 def _metadata(loader: Loader) -> dict[str, str]:
@@ -139,10 +138,10 @@ def _raw(tensor: Any) -> Bytes:
     return raw
 
 
-def _shards(loader: Loader, limit: int) -> list[list[TensorSpec]]:
+def _shards(tensors: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     shards: list[list[TensorSpec]] = [[]]
     size = 0
-    for tensor in loader.contents.tensors:
+    for tensor in tensors:
         if shards[-1] and size + _nbytes(tensor) > limit:
             shards.append([])
             size = 0
@@ -160,7 +159,11 @@ def _safe(directory: Path, path: str, what: str) -> Path:
 
 
 def _export_directory(
-    loader: Loader, out: Path, max_shard_size: int, progress: Progress
+    loader: Loader,
+    tensors: Sequence[TensorSpec],
+    out: Path,
+    max_shard_size: int,
+    progress: Progress,
 ) -> list[Path]:
     if max_shard_size <= 0:
         raise OptionError(f"max_shard_size={max_shard_size}: a positive number of bytes")
@@ -176,7 +179,7 @@ def _export_directory(
                 place = _safe(temporary, file.path, loader.what)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(place, loader.read_file(file.path))
-            _write_weights(loader, temporary, max_shard_size, progress)
+            _write_weights(loader, tensors, temporary, max_shard_size, progress)
             for directory in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
                 sync_directory(directory)
             os.replace(temporary, out)
@@ -194,8 +197,14 @@ def _write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_weights(loader: Loader, directory: Path, limit: int, progress: Progress) -> None:
-    shards = _shards(loader, limit)
+def _write_weights(
+    loader: Loader,
+    tensors: Sequence[TensorSpec],
+    directory: Path,
+    limit: int,
+    progress: Progress,
+) -> None:
+    shards = _shards(tensors, limit)
     if len(shards) == 1:
         _write_shards(loader, [(directory / "model.safetensors", shards[0])], progress)
         return
@@ -204,7 +213,7 @@ def _write_weights(loader: Loader, directory: Path, limit: int, progress: Progre
         loader, [(directory / n, s) for n, s in zip(names, shards, strict=True)], progress
     )
     index = {
-        "metadata": {"total_size": sum(_nbytes(t) for t in loader.contents.tensors)},
+        "metadata": {"total_size": sum(_nbytes(t) for t in tensors)},
         "weight_map": {
             t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
         },

@@ -19,8 +19,8 @@ __all__ = ["BLOCK", "SPAN", "Arena", "Layout", "Piece", "Place", "lay_out"]
 
 #: Weights a kernel block; segments start at its multiples.
 BLOCK: Final = 1024
-#: Weights a span (half of it for dtypes of 16 bytes, so that a chunk stays within its cap).
-SPAN: Final = 1 << 21
+#: Weights a span: a chunk of them is 16 MiB for the largest dtype, the cap of a chunk.
+SPAN: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Arena:
     @property
     def span(self) -> int:
         """Weights a span."""
-        return SPAN if itemsize(self.dtype) <= 8 else SPAN // 2
+        return SPAN
 
     @property
     def spans(self) -> int:
         """How many spans there are."""
-        return -(-self.weights // self.span)
+        return -(-self.weights // SPAN)
 
     @property
     def chunk_size(self) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tallstore.advice import prefer_huge_pages
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
-from tallstore.decoding import Decoder
+from tallstore.decoding import Decoder, Run
 from tallstore.describing import describe
 from tallstore.documents import BaseDocument, Contents, TaskDocument
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
@@ -103,29 +104,24 @@ class Loader:
 
     # -- choosing -------------------------------------------------------------------------
 
-    def choose(self, names: Iterable[str] | None) -> list[int]:
-        """Indices of the tensors called `names`, shell patterns allowed; None: all.
+    def choose(self, names: Iterable[str] | None) -> dict[str, int]:
+        """Tensor numbers by name, for `names`, shell patterns allowed; None: all.
 
         Raises
         ------
         UnknownTensorError
             A name or pattern fits no tensor.
         """
-        tensors = self.contents.tensors
+        index = self.contents.names()
         if names is None:
-            return list(range(len(tensors)))
-        if isinstance(names, str):
-            names = [names]
-        index = {tensor.name: number for number, tensor in enumerate(tensors)}
-        chosen: dict[int, None] = {}
-        for name in names:
-            found = [index[name]] if name in index else []
-            if not found:
-                found = [n for known, n in index.items() if fnmatchcase(known, name)]
+            return index
+        chosen: set[str] = set()
+        for name in [names] if isinstance(names, str) else names:
+            found = {name} if name in index else {n for n in index if fnmatchcase(n, name)}
             if not found:
                 raise UnknownTensorError(_no_tensor(self.what, name, list(index)))
-            chosen.update(dict.fromkeys(found))
-        return sorted(chosen)
+            chosen |= found
+        return {name: number for name, number in index.items() if name in chosen}
 
     # -- reading --------------------------------------------------------------------------
 
@@ -163,17 +159,20 @@ class Loader:
             if into is not None and data.base is into:
                 progress(into.size)
                 return
-            for run in runs:
-                size = sizes[run.segment]
-                target = targets.get(run.segment)
-                if target is not None:
-                    out = target[run.start * size : (run.start + run.count) * size]
-                    decoder.decode(data, key, run, out)
-                elif put is not None:
-                    out = np.empty(run.count * size, np.uint8)
-                    decoder.decode(data, key, run, out)
+            filled = [(run, room(run)) for run in runs]
+            decoder.decode(data, key, filled)
+            data.release()
+            for run, out in filled:
+                if put is not None and run.segment not in targets:
                     put(run.segment, run.start, out)
-                progress(run.count * size)
+                progress(out.size)
+
+        def room(run: Run) -> Bytes:
+            size = sizes[run.segment]
+            target = targets.get(run.segment)
+            if target is None:
+                return np.empty(run.count * size, np.uint8)
+            return target[run.start * size : (run.start + run.count) * size]
 
         spans = decoder.spans(segments)
         with workers(1 if len(spans) <= 1 else None) as pool:
@@ -193,7 +192,7 @@ class Loader:
         place = _wanted_device(device)
         chosen = self.choose(names)
         specs = self.contents.tensors
-        needed = sorted({specs[number].segment for number in chosen})
+        needed = sorted({specs[number].segment for number in chosen.values()})
         memory = {n: _allocate(self.contents.segments[n]) for n in needed}
         self.stream(
             needed, targets={n: held.numpy() for n, held in memory.items()}, progress=progress
@@ -202,7 +201,7 @@ class Loader:
         segments: dict[int, tuple[torch.Tensor, str]] = {}
         # Bytes of a numpy array, or two dtypes over one storage, are not weights to convert.
         raw = {s.segment for s in specs if s.dtype != self.contents.segments[s.segment].dtype}
-        for number in chosen:
+        for number in sorted(set(chosen.values())):
             spec = specs[number]
             if spec.segment not in segments:
                 held = memory.pop(spec.segment)
@@ -214,7 +213,7 @@ class Loader:
                 spec = replace(spec, dtype=kind)
             tensors[number] = build_tensor(spec, held)
         if names is not None:
-            return {specs[number].name: tensors[number] for number in chosen}
+            return {name: tensors[number] for name, number in chosen.items()}
         return assemble(self.contents.tree, tensors)
 
     def load_into(
@@ -238,7 +237,7 @@ class Loader:
         """
         specs = self.contents.tensors
         chosen = self.choose(names)
-        pairs = [(specs[n], out.get(specs[n].name)) for n in chosen]
+        pairs = [(replace(specs[n], name=name), out.get(name)) for name, n in chosen.items()]
         _check_out(self.what, pairs, out, names is None)
         targets: dict[int, Bytes] = {}
         later: list[tuple[TensorSpec, torch.Tensor]] = []
@@ -292,20 +291,23 @@ def _wanted_device(device: torch.device | str | None) -> torch.device:
 
 
 def _allocate(segment: SegmentSpec) -> torch.Tensor:
-    return torch.empty(segment.nbytes, dtype=torch.uint8)
+    memory = torch.empty(segment.nbytes, dtype=torch.uint8)
+    prefer_huge_pages(memory.numpy())
+    return memory
 
 
 def _moved(
     held: torch.Tensor, kind: str, cast: str | None, place: torch.device
 ) -> tuple[torch.Tensor, str]:
-    if cast is not None and cast != kind and is_float(kind):
-        held = held.view(torch_dtype(kind)).to(place, torch_dtype(cast)).view(torch.uint8)
-        return held, cast
-    if place.type == "cpu":
+    wanted = cast if cast is not None and is_float(kind) else kind
+    if place.type == "cpu" and wanted == kind:
         return held, kind
     try:
-        return held.to(place), kind
-    except (torch.OutOfMemoryError, RuntimeError) as exc:
+        if wanted == kind:
+            return held.to(place), kind
+        typed = held.view(torch_dtype(kind)).to(place, torch_dtype(wanted))
+        return typed.view(torch.uint8), wanted
+    except RuntimeError as exc:  # out of memory is one of these
         raise DeviceError(f"{place}: no room for {held.numel()} bytes: {exc}") from exc
 
 

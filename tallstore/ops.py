@@ -29,16 +29,14 @@ TALL_LEVELS: Final = (0.0, 1.0)
 #: Weights a step: its scratch fills half of a second-level cache.
 _STEP: Final = 1 << 18
 
-_WORD: Final = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def _byte_rows(rows: npt.NDArray[Any]) -> npt.NDArray[np.void]:
-    """256 rows of 8 as single items, which `numpy.take` moves in one piece."""
-    packed: npt.NDArray[np.void] = np.ascontiguousarray(rows).view(
-        np.dtype((np.void, 8 * rows.dtype.itemsize))
-    )
+    """256 rows as single items, which `numpy.take` moves in one piece."""
+    whole = np.dtype((np.void, rows.nbytes // 256))
+    packed: npt.NDArray[np.void] = np.ascontiguousarray(rows).view(whole)
     return packed.ravel()
 
 
@@ -46,20 +44,14 @@ def _bits_of_bytes() -> npt.NDArray[np.uint8]:
     return np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 
 
-def _keep_rows(word: type[np.unsignedinteger[Any]]) -> npt.NDArray[np.void]:
-    """For each byte of a plane, eight masks: 1 * v keeps v, 0 * v keeps the sign of v alone."""
-    every = np.iinfo(word).max
-    return _byte_rows(np.where(_bits_of_bytes(), word(every), word(every // 2 + 1)))
+def _mask_rows(dtype: torch.dtype) -> npt.NDArray[np.void]:
+    """For each byte of a plane, eight zeros and ones of a floating dtype."""
+    bits = torch.from_numpy(_bits_of_bytes()).to(dtype)
+    return _byte_rows(bits.view(torch.uint8).numpy())
 
 
-_KEEP: Final = {word: _keep_rows(word) for word in (np.uint32, np.uint16)}
-
-
-def _words(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A float tensor's bit patterns, without a copy."""
-    word = _WORD[tensor.dtype]
-    signed = torch.int32 if word is np.uint32 else torch.int16
-    return tensor.view(signed).numpy().view(word)
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_MASKS: Final = {dtype: _mask_rows(dtype) for dtype in _FLOATS}
 
 
 def _check(
@@ -72,7 +64,7 @@ def _check(
     for name, tensor in (("base", base), ("vector", vector), ("out", out)):
         if tensor is None:
             continue
-        if tensor.dtype not in _WORD:
+        if tensor.dtype not in _FLOATS:
             raise MismatchError(f"{name}: dtype {tensor.dtype} has no reconstruction")
         if tensor.dim() != 1 or tensor.numel() != base.numel() or not tensor.is_contiguous():
             raise MismatchError(
@@ -119,76 +111,133 @@ def reconstruct(
         Shapes, dtypes or devices clash; nothing was written.
     """
     _check(base, planes, vector, levels, out)
-    if planes is None:
+    if planes is None or not base.numel():
         out.copy_(base)
         return
     scratch = Scratch() if scratch is None else scratch
-    plain = vector is not None and tuple(levels) == TALL_LEVELS
-    rows = None if plain or planes.shape[0] != 1 else _level_rows(levels)
-    for start in range(0, base.numel(), _STEP):
-        stop = min(start + _STEP, base.numel())
-        piece = planes[:, start // 8 : -(-stop // 8)].numpy()
-        part = None if vector is None else vector[start:stop]
-        if plain and part is not None:
-            step = _masked(piece[0], part, scratch)
-        else:
-            step = _scaled(piece, part, levels, rows, stop - start, scratch)
-        _add(base[start:stop], step, out[start:stop])
+    packed = planes.numpy()
+    if vector is not None and tuple(levels) == TALL_LEVELS:
+        _masked(base, packed[0], vector, out, scratch)
+    elif planes.shape[0] == 1:
+        _two_levels(base, packed[0], vector, levels, out, scratch)
+    else:
+        _many_levels(base, packed, vector, levels, out)
 
 
-def _level_rows(levels: Sequence[float]) -> npt.NDArray[np.void]:
-    low, high = np.asarray(levels, np.float32)
-    return _byte_rows(np.where(_bits_of_bytes(), high, low))
+def _steps(count: int) -> Iterator[slice]:
+    for start in range(0, count, _STEP):
+        yield slice(start, min(start + _STEP, count))
 
 
 def _expand(
-    plane: npt.NDArray[np.uint8], rows: npt.NDArray[np.void], scratch: Scratch
-) -> npt.NDArray[np.uint8]:
-    """The row of each byte of a plane, one after the other."""
-    found = scratch.take("rows", plane.size * rows.itemsize)
+    plane: npt.NDArray[np.uint8], rows: npt.NDArray[np.void], into: npt.NDArray[np.uint8]
+) -> None:
+    """Write the row of each byte of a plane, one after the other."""
     # "clip" never clips here; it spares a copy that "raise" makes of the output.
-    np.take(rows, plane, out=found.view(rows.dtype), mode="clip")
-    return found
+    found = into[: plane.size * rows.itemsize].view(rows.dtype)
+    np.take(rows, plane, out=found, mode="clip")
 
 
-def _masked(plane: npt.NDArray[np.uint8], vector: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """Levels (0, 1): the product by bit operations, in the vector's own dtype, sign of zero too."""
-    words = _words(vector)
-    kept = _expand(plane, _KEEP[words.dtype.type], scratch).view(words.dtype)[: words.size]
-    np.bitwise_and(kept, words, out=kept)
-    signed = np.int32 if words.itemsize == 4 else np.int16
-    return torch.from_numpy(kept.view(signed)).view(vector.dtype)
+def _masked(
+    base: torch.Tensor,
+    plane: npt.NDArray[np.uint8],
+    vector: torch.Tensor,
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    """Levels (0, 1), in one pass: fused or not, since a product by 0 or 1 is exact."""
+    alike = base.dtype == vector.dtype == out.dtype
+    dtype = out.dtype if alike else torch.float32
+    rows, size = _MASKS[dtype], _padded(base.numel())
+    buffer = scratch.take("reconstruct: rows", size * dtype.itemsize)
+    mask = _as_floats(buffer, dtype)
+    widened = {
+        name: _as_floats(scratch.take(f"reconstruct: {name}", 4 * size), torch.float32)
+        for name, tensor in (("base", base), ("vector", vector), ("out", out))
+        if tensor.dtype != dtype
+    }
+    for at in _steps(base.numel()):
+        count = at.stop - at.start
+        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer)
+        one = widened["base"][:count].copy_(base[at]) if "base" in widened else base[at]
+        two = widened["vector"][:count].copy_(vector[at]) if "vector" in widened else vector[at]
+        into = widened["out"][:count] if "out" in widened else out[at]
+        torch.addcmul(one, two, mask[:count], out=into)
+        if "out" in widened:
+            out[at].copy_(into)
 
 
-def _scaled(
+def _two_levels(
+    base: torch.Tensor,
+    plane: npt.NDArray[np.uint8],
+    vector: torch.Tensor | None,
+    levels: Sequence[float],
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    low, high = np.asarray(levels, np.float32)
+    rows = _byte_rows(np.where(_bits_of_bytes(), high, low))
+    buffer = scratch.take("reconstruct: rows", _padded(base.numel()) * 4)
+    step = _as_floats(buffer, torch.float32)
+    add = _adder(base, step, out)
+    for at in _steps(base.numel()):
+        count = at.stop - at.start
+        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer)
+        if vector is not None:
+            step[:count].mul_(vector[at])
+        add(at, count)
+
+
+def _many_levels(
+    base: torch.Tensor,
     planes: npt.NDArray[np.uint8],
     vector: torch.Tensor | None,
     levels: Sequence[float],
-    rows: npt.NDArray[np.void] | None,
-    count: int,
-    scratch: Scratch,
-) -> torch.Tensor:
-    if rows is not None:
-        found = _expand(planes[0], rows, scratch).view(np.float32)[:count]
-    else:
+    out: torch.Tensor,
+) -> None:
+    table = np.asarray(levels, np.float32)
+    for at in _steps(base.numel()):
+        count = at.stop - at.start
         code = np.zeros(count, np.uint8)
-        for k, plane in enumerate(planes):
+        for k, plane in enumerate(planes[:, at.start // 8 : (at.stop + 7) // 8]):
             code |= np.unpackbits(plane, count=count, bitorder="little") << np.uint8(k)
-        found = np.take(np.asarray(levels, np.float32), code)
-    step = torch.from_numpy(found)
-    return step if vector is None else step.mul_(vector)
+        step = torch.from_numpy(np.take(table, code))
+        if vector is not None:
+            step.mul_(vector[at])
+        _adder(base[at], step, out[at])(slice(0, count), count)
 
 
-def _add(base: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
+def _padded(count: int) -> int:
+    """Weights of a step's scratch: whole bytes of a plane."""
+    return -(-min(count, _STEP) // 8) * 8
+
+
+def _as_floats(buffer: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(buffer).view(dtype)
+
+
+def _adder(
+    base: torch.Tensor, step: torch.Tensor, out: torch.Tensor
+) -> Callable[[slice, int], None]:
+    """What writes ``base[at] + step[:count]`` to ``out[at]``, computed in float32, rounded once."""
     if base.dtype == step.dtype == out.dtype == torch.float32:
         # numpy's add stays on this thread, whatever torch's thread count.
-        np.add(base.numpy(), step.numpy(), out=out.numpy())
-        return
+        one, two, three = base.numpy(), step.numpy(), out.numpy()
+
+        def add(at: slice, count: int) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.add(one[at], two[:count], out=three[at])
+
+        return add
     common = torch.promote_types(base.dtype, step.dtype)
-    if common not in (torch.float32, out.dtype):
-        # Both of one half-precision dtype, wanted in another: torch would round twice.
-        base = base.float()
-    torch.add(base, step, out=out)  # computes in float32, rounds once
+    # Both of one half-precision dtype, wanted in another: torch would round twice.
+    widened = common not in (torch.float32, out.dtype)
+
+    def add_rounded(at: slice, count: int) -> None:
+        left = base[at].float() if widened else base[at]
+        torch.add(left, step[:count], out=out[at])
+
+    return add_rounded
 
 
 class Workers:
@@ -236,6 +285,8 @@ def workers(count: int | None = None) -> Iterator[Workers]:
 
     def prepare() -> None:
         torch.set_num_threads(1)
+        # A thread takes the process-wide number over at its first use of torch: now, while it is 1.
+        torch.get_num_threads()
         ready.wait()
 
     with ThreadPoolExecutor(count, thread_name_prefix="tallstore") as pool:

@@ -17,7 +17,10 @@ class Scratch(threading.local):
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
 
     def take(self, name: str, size: int) -> npt.NDArray[np.uint8]:
-        """`size` bytes of the calling thread's buffer called `name`, content undefined."""
+        """`size` bytes of the calling thread's buffer called `name`, content undefined.
+
+        Whoever takes the same name on the same thread gets the same memory.
+        """
         found = self._buffers.get(name)
         if found is None or found.size < size:
             found = self._buffers[name] = np.empty(size, np.uint8)

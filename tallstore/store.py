@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -316,6 +317,11 @@ class TallStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # A handle that nobody holds must not keep others from replacing the file.
+        with contextlib.suppress(Exception):
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._snapshot is None else f"{len(self._catalog.tasks)} tasks"

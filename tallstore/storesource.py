@@ -73,11 +73,12 @@ class StoreSource:
             data = decoder.load(key, coded=any(run.coded for run in runs))
             for run in runs:
                 whole = np.empty(run.count * size, np.uint8)
-                decoder.decode(data, key, run, whole)
+                decoder.decode(data, key, [(run, whole)])
                 low = max(start, run.start * size)
                 high = min(start + out.size, (run.start + run.count) * size)
                 piece = whole[low - run.start * size : high - run.start * size]
                 out[low - start : high - start] = piece
+            data.release()
 
     def read_file(self, path: str) -> bytes:
         """The content of one of `files`."""

@@ -29,13 +29,6 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _integer(digits: str) -> int:
-    # Python refuses over 4300 digits on its own; a hostile number must not even get there.
-    if len(digits) > 4300:
-        raise ValueError("a number has over 4300 digits")
-    return int(digits)
-
-
 def loads(data: bytes, *, what: str, max_bytes: int) -> Any:
     """Parse strict JSON.
 
@@ -60,7 +53,6 @@ def loads(data: bytes, *, what: str, max_bytes: int) -> Any:
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
-            parse_int=_integer,
         )
     except (ValueError, RecursionError) as exc:
         raise CorruptStoreError(f"{what} is not strict JSON: {exc}") from exc

@@ -7,16 +7,14 @@ Each function is all or nothing. The caller gives open sources; `tallstore.store
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
-from tallstore.codecs import Bytes
 from tallstore.describing import read_base
 from tallstore.documents import BaseDocument
-from tallstore.engine.chunk import Encoding
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
@@ -33,7 +31,7 @@ from tallstore.errors import (
 from tallstore.matching import match
 from tallstore.ops import workers
 from tallstore.packing.base import write_base
-from tallstore.packing.encodings import elements, plain
+from tallstore.packing.encodings import policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.pack import now
@@ -63,25 +61,31 @@ class _Open:
 
 @contextmanager
 def _writing(path: Path, *, timeout: float) -> Iterator[_Open]:
-    """Hold the store at `path` for writing, rid of what interrupted writes left in it."""
-    with WriterLock(path, timeout=timeout):
-        environment = open_environment(path)
+    """Lock the store at `path` and hold it for writing."""
+    with WriterLock(path, timeout=timeout), _held(path) as held:
+        yield held
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[_Open]:
+    """Hold a locked store for writing, rid of what interrupted writes left in it."""
+    environment = open_environment(path)
+    try:
+        if not environment.writable:
+            raise StoreReadOnlyError(
+                f"{path}: it cannot be written; check the permissions of the file, of its "
+                "directory and of the file system"
+            )
+        environment.handles += 1
+        snapshot = _snapshot(environment)
         try:
-            if not environment.writable:
-                raise StoreReadOnlyError(
-                    f"{path}: it cannot be written; check the permissions of the file, of its "
-                    "directory and of the file system"
-                )
-            environment.handles += 1
-            snapshot = _snapshot(environment)
-            try:
-                catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
-                reclaim(environment, snapshot.manifest)
-                yield _Open(environment, snapshot, catalog)
-            finally:
-                snapshot.close()
+            catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
+            reclaim(environment, snapshot.manifest)
+            yield _Open(environment, snapshot, catalog)
         finally:
-            environment.close()
+            snapshot.close()
+    finally:
+        environment.close()
 
 
 def _snapshot(environment: Environment) -> Snapshot:
@@ -94,10 +98,6 @@ def _snapshot(environment: Environment) -> Snapshot:
 
 def _commit(session: WriteSession, catalog: Catalog) -> None:
     session.commit(catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY)
-
-
-def _policy(compress: bool) -> Callable[[str, Bytes], Encoding]:
-    return (lambda dtype, _: elements(dtype)) if compress else (lambda _, data: plain(data))
 
 
 def write_object(
@@ -119,11 +119,23 @@ def write_object(
     StoreExistsError
         The store there has tasks, which hang on its base, and `overwrite` is false.
     """
-    if not path.exists():
-        with WriterLock(path, timeout=timeout):
-            _write_new(path, source, compress, timeout, report)
-        return
-    with _writing(path, timeout=timeout) as held:
+    with WriterLock(path, timeout=timeout):
+        if path.exists() and _write_over(path, source, overwrite, compress, report):
+            return
+        new = NewFile(path)
+        try:
+            with WriteSession(new.environment, Manifest(store=os.urandom(16))) as session:
+                _fill(session, source, compress, report)
+            new.publish(timeout=timeout)
+        finally:
+            new.discard()
+
+
+def _write_over(
+    path: Path, source: Source, overwrite: bool, compress: bool, report: Report | None
+) -> bool:
+    """Write a new generation into a store that is in use; False where it is not."""
+    with _held(path) as held:
         if held.catalog.tasks and not overwrite:
             names = ", ".join(map(repr, list(held.catalog.tasks)[:5]))
             raise StoreExistsError(
@@ -131,24 +143,12 @@ def write_object(
                 "which are stored as differences from its base; give task= to add one, "
                 "overwrite=True to start afresh, or another path"
             )
-        if held.environment.handles > 2 or held.environment.in_use_elsewhere():
-            with WriteSession(held.environment, held.manifest) as session:
-                _fill(session, source, compress, report)
-            return
-    with WriterLock(path, timeout=timeout):
-        _write_new(path, source, compress, timeout, report)
-
-
-def _write_new(
-    path: Path, source: Source, compress: bool, timeout: float, report: Report | None
-) -> None:
-    new = NewFile(path)
-    try:
-        with WriteSession(new.environment, Manifest(store=os.urandom(16))) as session:
+        # Two handles are this function's own: the store's and its snapshot's.
+        if held.environment.handles <= 2 and not held.environment.in_use_elsewhere():
+            return False
+        with WriteSession(held.environment, held.manifest) as session:
             _fill(session, source, compress, report)
-        new.publish(timeout=timeout)
-    finally:
-        new.discard()
+        return True
 
 
 def _fill(session: WriteSession, source: Source, compress: bool, report: Report | None) -> None:
@@ -157,7 +157,7 @@ def _fill(session: WriteSession, source: Source, compress: bool, report: Report 
         record, _ = write_base(
             session,
             source,
-            encoding=_policy(compress),
+            encoding=policy(compress),
             created=now(),
             workers=pool,
             progress=Meter(report).stage("save", total),

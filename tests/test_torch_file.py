@@ -199,7 +199,7 @@ class Evaluate(Touch):
     """The same through a builtin."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return eval, (f"open({str(self.path)!r}, 'w')",)
+        return eval, (f"open({str(self.path)!r}, 'w').close()",)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

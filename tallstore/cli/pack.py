@@ -52,6 +52,7 @@ __all__ = ["pack"]
     help="How the shared vector is kept.",
 )
 @click.option("--exact", is_flag=True, help="Keep the residual: load the originals bit for bit.")
+@click.option("--compress", is_flag=True, help="Compress the base too: smaller, slower to load.")
 @overwrite_option
 @yes_option
 @timeout_option
@@ -65,6 +66,7 @@ def pack(
     tall_lambda: float | None,
     vector_dtype: str,
     exact: bool,
+    compress: bool,
     overwrite: bool,
     yes: bool,
     timeout: float,
@@ -93,6 +95,7 @@ def pack(
             tall_lambda=tall_lambda,
             vector_dtype=vector_dtype,
             exact=exact,
+            compress=compress,
             overwrite=overwrite,
             timeout=timeout,
             report=progress.report,

@@ -6,11 +6,11 @@ from types import MappingProxyType
 from typing import Final
 
 from tallstore.codecs.codec import Bytes, Codec
-from tallstore.codecs.planes import ROTATED, PlanesCodec
+from tallstore.codecs.planes import PlanesCodec
 from tallstore.codecs.raw import RawCodec
 from tallstore.codecs.zstd import ZstdCodec
 
-__all__ = ["CODECS", "PLANES", "RAW", "ROTATED", "ZSTD", "Bytes", "Codec"]
+__all__ = ["CODECS", "PLANES", "RAW", "ZSTD", "Bytes", "Codec"]
 
 RAW: Final = RawCodec()
 ZSTD: Final = ZstdCodec()

@@ -25,8 +25,16 @@ class Codec(Protocol):
     @property
     def number(self) -> int: ...
 
-    def encode(self, data: Bytes, *, parameter: int) -> bytes | None:
-        """The encoded bytes, or None where that would gain less than 5 %."""
+    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+        """The encoded bytes, or None where that would gain too little.
+
+        Parameters
+        ----------
+        parameter
+            Goes with the payload to disk.
+        min_gain
+            The least share that encoding must save, of the whole or of a part of it.
+        """
         ...
 
     def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:

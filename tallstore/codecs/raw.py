@@ -17,7 +17,7 @@ class RawCodec:
 
     number: Final[int] = 0
 
-    def encode(self, data: Bytes, *, parameter: int) -> bytes | None:
+    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
         """A copy of the bytes."""
         return data.tobytes()
 

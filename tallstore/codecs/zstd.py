@@ -9,18 +9,15 @@ import zstandard
 from tallstore.codecs.codec import Bytes
 from tallstore.errors import CorruptStoreError
 
-__all__ = ["MIN_GAIN", "ZstdCodec", "compress", "decompress"]
-
-#: A chunk that would shrink by less than this share is stored as it is (design: on disk).
-MIN_GAIN: Final = 0.05
+__all__ = ["ZstdCodec", "compress", "decompress"]
 
 _LEVEL: Final = 1
 
 
-def compress(data: Bytes, *, level: int = _LEVEL) -> bytes | None:
-    """One frame that carries its content size, or None where it gains under `MIN_GAIN`."""
+def compress(data: Bytes, *, min_gain: float, level: int = _LEVEL) -> bytes | None:
+    """One frame that carries its content size, or None where it saves less than `min_gain`."""
     frame = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(data.data)
-    return frame if len(frame) <= (1 - MIN_GAIN) * data.size else None
+    return frame if len(frame) <= (1 - min_gain) * data.size else None
 
 
 def decompress(payload: memoryview, out: Bytes) -> None:
@@ -54,9 +51,9 @@ class ZstdCodec:
 
     number: Final[int] = 1
 
-    def encode(self, data: Bytes, *, parameter: int) -> bytes | None:
+    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
         """Compress at level 1, the level that keeps up with the disk."""
-        return compress(data)
+        return compress(data, min_gain=min_gain)
 
     def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
         """Decompress."""

@@ -16,7 +16,15 @@ import xxhash
 from tallstore.codecs import CODECS, RAW, Bytes, Codec
 from tallstore.errors import ChecksumError, CorruptStoreError
 
-__all__ = ["HEADER_SIZE", "MAX_CHUNK", "Encoding", "open_chunk", "seal_chunk"]
+__all__ = [
+    "HEADER_SIZE",
+    "MAX_CHUNK",
+    "CheckedChunk",
+    "ChunkBuffer",
+    "Encoding",
+    "check_chunk",
+    "seal_chunk",
+]
 
 #: The most bytes a chunk holds before encoding.
 MAX_CHUNK: Final = 16 << 20
@@ -28,10 +36,11 @@ _HEAD: Final = struct.Struct("<4sBB2xQQ8x")  # magic, codec, parameter, raw size
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Which codec to try on a chunk, and its parameter."""
+    """Which codec to try on a chunk, its parameter, and the least share it must save."""
 
     codec: Codec = RAW
     parameter: int = 0
+    min_gain: float = 0.05
 
 
 def _digest(store: bytes, key: bytes, head: bytes | memoryview, payload: object) -> bytes:
@@ -42,46 +51,92 @@ def _digest(store: bytes, key: bytes, head: bytes | memoryview, payload: object)
     return state.digest()
 
 
-def seal_chunk(data: Bytes, *, store: bytes, key: bytes, encoding: Encoding) -> bytearray:
-    """Encode `data` and put it into its envelope.
+@dataclass(frozen=True, slots=True)
+class ChunkBuffer:
+    """Room for a chunk: its data, and before it the header, so that sealing copies nothing."""
+
+    whole: Bytes
+
+    @classmethod
+    def of(cls, size: int) -> ChunkBuffer:
+        """Room for `size` bytes of data, content undefined."""
+        return cls(np.empty(HEADER_SIZE + size, np.uint8))
+
+    @property
+    def data(self) -> Bytes:
+        """Where the data go."""
+        return self.whole[HEADER_SIZE:]
+
+
+def seal_chunk(buffer: ChunkBuffer, *, store: bytes, key: bytes, encoding: Encoding) -> memoryview:
+    """Encode a chunk and complete its envelope.
 
     Parameters
     ----------
-    data
-        Flat uint8, at most `MAX_CHUNK` bytes.
+    buffer
+        At most `MAX_CHUNK` bytes of data; it becomes the chunk, unless encoding gains.
     store, key
         The store's 16-byte identity and the chunk's key; both go into the checksum.
     encoding
         What to try; the bytes are stored as they are where it gains too little.
     """
+    data = buffer.data
     if data.size > MAX_CHUNK:
         raise ValueError(f"a chunk of {data.size} bytes is over {MAX_CHUNK}")
     codec, parameter = encoding.codec, encoding.parameter
-    payload: bytes | None = None
+    payload = None
     if codec is not RAW and data.size:
-        payload = codec.encode(data, parameter=parameter)
+        payload = codec.encode(data, parameter=parameter, min_gain=encoding.min_gain)
     if payload is None:
-        codec, parameter = RAW, 0
-    size = data.size if payload is None else len(payload)
-    chunk = bytearray(HEADER_SIZE + size)
-    _HEAD.pack_into(chunk, 0, _MAGIC, codec.number, parameter, data.size, size)
-    body = np.frombuffer(chunk, np.uint8)[HEADER_SIZE:]
-    np.copyto(body, data if payload is None else np.frombuffer(payload, np.uint8))
-    chunk[32:48] = _digest(store, key, bytes(chunk[:32]), body)
+        whole, number, parameter = buffer.whole, RAW.number, 0
+    else:
+        whole, number = ChunkBuffer.of(len(payload)).whole, codec.number
+        np.copyto(whole[HEADER_SIZE:], np.frombuffer(payload, np.uint8))
+    chunk = whole.data
+    _HEAD.pack_into(chunk, 0, _MAGIC, number, parameter, data.size, len(chunk) - HEADER_SIZE)
+    chunk[32:48] = _digest(store, key, chunk[:32], chunk[HEADER_SIZE:])
     return chunk
 
 
-def open_chunk(
-    chunk: memoryview, out: Bytes | None, *, store: bytes, key: bytes, what: str
-) -> None:
-    """Check a chunk and decode it into `out`.
+@dataclass(frozen=True, slots=True)
+class CheckedChunk:
+    """A chunk whose envelope and checksum are right."""
+
+    codec: Codec
+    parameter: int
+    raw_size: int
+    payload: memoryview
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the payload is the data."""
+        return self.codec is RAW
+
+    def decode(self, out: Bytes, *, what: str) -> None:
+        """Decode into `out`, which has exactly the raw size.
+
+        Raises
+        ------
+        CorruptStoreError
+            The payload is malformed.
+        """
+        if self.raw_size != out.size:
+            raise CorruptStoreError(f"{what}: holds {self.raw_size} bytes, {out.size} expected")
+        try:
+            self.codec.decode(self.payload, out, parameter=self.parameter)
+        except CorruptStoreError as exc:
+            raise CorruptStoreError(f"{what}: {exc}") from exc
+
+
+def check_chunk(chunk: memoryview, *, store: bytes, key: bytes, what: str) -> CheckedChunk:
+    """Check a stored value.
 
     Parameters
     ----------
     chunk
-        The stored value.
-    out
-        Flat uint8 of exactly the chunk's raw size; None only checks.
+        The value; the result refers to it.
+    store, key
+        As when it was sealed.
     what
         What the chunk is, for messages.
 
@@ -90,7 +145,7 @@ def open_chunk(
     ChecksumError
         The bytes are not those that were written, or were written elsewhere.
     CorruptStoreError
-        The envelope or the payload is malformed.
+        The envelope is malformed.
     """
     if len(chunk) < HEADER_SIZE:
         raise CorruptStoreError(f"{what}: {len(chunk)} bytes are too few for a chunk")
@@ -110,11 +165,6 @@ def open_chunk(
     codec = CODECS.get(number)
     if codec is None:
         raise CorruptStoreError(f"{what}: unknown codec {number}; update tallstore")
-    if out is None:
-        return
-    if raw_size != out.size:
-        raise CorruptStoreError(f"{what}: holds {raw_size} bytes, {out.size} expected")
-    try:
-        codec.decode(payload, out, parameter=parameter)
-    except CorruptStoreError as exc:
-        raise CorruptStoreError(f"{what}: {exc}") from exc
+    if codec is RAW and raw_size != size:
+        raise CorruptStoreError(f"{what}: {size} bytes stored as they are, of {raw_size}")
+    return CheckedChunk(codec, parameter, raw_size, payload)

@@ -23,6 +23,11 @@ from typing import Any, Final
 
 import lmdb
 
+try:
+    from lmdb import _envid
+except ImportError:  # before 3.0
+    _envid = None  # type: ignore[assignment]
+
 from tallstore.engine.datafile import check_data_file
 from tallstore.errors import (
     CorruptStoreError,
@@ -155,7 +160,8 @@ class Environment:
             if self.process == os.getpid():
                 self.lmdb.close()
                 self._remove_lock_file()
-            os.close(self.presence)
+            if self.presence >= 0:
+                os.close(self.presence)
 
     def _remove_lock_file(self) -> None:
         """Leave no litter: LMDB's lock file goes with the last user of the data file."""
@@ -240,8 +246,31 @@ class _Registry:
     def forget(self) -> None:
         """In a forked child: LMDB's handles belong to the parent; keep them, never close them."""
         self.lock = threading.RLock()
-        self.inherited.extend(self.opened.values())
+        for environment in self.opened.values():
+            self.inherited.append(environment)
+            # The lock stays the parent's: a child that lives on must not hold it too.
+            with contextlib.suppress(OSError):
+                os.close(environment.presence)
+            environment.presence = -1
         self.opened = {}
+        _forget_identities()
+
+
+def _forget_identities() -> None:
+    """Let py-lmdb open anew, in a forked child, what the parent has open.
+
+    From 3.0 on it refuses a file of which the process, or a parent, has an environment; its
+    handles cannot be closed here, since that would free the parent's reader slots. So files get
+    another identity in each child; this module sees to it that each is opened once.
+    """
+    known = getattr(_envid, "env_keys", None)
+    if known is not None:
+        process = os.getpid()
+
+        def env_keys(*arguments: Any) -> tuple[Any, ...]:
+            return tuple((process, key) for key in known(*arguments))
+
+        _envid.env_keys = env_keys
 
 
 # The one piece of process-wide state: LMDB itself demands it.
@@ -260,7 +289,7 @@ def _lmdb_open(
         "create": create,
         "readahead": True,
         "writemap": False,
-        "meminit": False,
+        "meminit": True,
         "max_readers": _MAX_READERS,
         "mode": 0o666,
         "max_spare_txns": 1,

@@ -15,7 +15,14 @@ import numpy as np
 
 from tallstore import strictjson
 from tallstore.codecs import ZSTD
-from tallstore.engine.chunk import HEADER_SIZE, MAX_CHUNK, Encoding, open_chunk, seal_chunk
+from tallstore.engine.chunk import (
+    HEADER_SIZE,
+    MAX_CHUNK,
+    ChunkBuffer,
+    Encoding,
+    check_chunk,
+    seal_chunk,
+)
 from tallstore.engine.keys import MANIFEST_KEY, Stream
 from tallstore.errors import CorruptStoreError, NewerFormatError, NotAStoreError
 
@@ -59,8 +66,10 @@ class Manifest:
         if len(text) > MAX_CHUNK:
             raise ValueError(f"a manifest of {len(text)} bytes is over the cap of {MAX_CHUNK}")
         prefix = _PREFIX.pack(_MAGIC, FORMAT_VERSION, self.store)
+        buffer = ChunkBuffer.of(len(text))
+        np.copyto(buffer.data, np.frombuffer(text, np.uint8))
         chunk = seal_chunk(
-            np.frombuffer(text, np.uint8),
+            buffer,
             store=prefix,
             key=MANIFEST_KEY,
             encoding=Encoding(ZSTD),
@@ -125,5 +134,6 @@ def _text(chunk: memoryview, prefix: bytes, what: str) -> bytes:
     if raw_size > MAX_CHUNK:
         raise CorruptStoreError(f"{what}: a manifest of {raw_size} bytes is over the cap")
     text = np.empty(raw_size, np.uint8)
-    open_chunk(chunk, text, store=prefix, key=MANIFEST_KEY, what=f"{what}: manifest")
+    what = f"{what}: manifest"
+    check_chunk(chunk, store=prefix, key=MANIFEST_KEY, what=what).decode(text, what=what)
     return text.tobytes()

@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final
 
+import numpy as np
+
+from tallstore.advice import release_pages, start_writeback
 from tallstore.codecs import Bytes
-from tallstore.engine.advice import release_pages
-from tallstore.engine.chunk import Encoding, open_chunk, seal_chunk
+from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
 from tallstore.engine.manifest import Manifest
@@ -47,11 +49,17 @@ class StreamWriter:
         self.stored = 0
 
     def put(self, chunk: int, data: Bytes, *, encoding: Encoding) -> None:
-        """Seal chunk number `chunk` and hand it to the disk."""
+        """Seal a copy of `data` as chunk number `chunk` and hand it to the disk."""
+        buffer = ChunkBuffer.of(data.size)
+        np.copyto(buffer.data, data)
+        self.put_buffer(chunk, buffer, encoding=encoding)
+
+    def put_buffer(self, chunk: int, buffer: ChunkBuffer, *, encoding: Encoding) -> None:
+        """Like `put`, without the copy; the buffer is given away."""
         key = chunk_key(self.number, chunk)
-        value = seal_chunk(data, store=self._session.store, key=key, encoding=encoding)
+        value = seal_chunk(buffer, store=self._session.store, key=key, encoding=encoding)
         with self._lock:
-            self.raw += data.size
+            self.raw += buffer.data.size
             self.stored += len(value)
         self._session._enqueue(key, value)
 
@@ -76,7 +84,7 @@ class WriteSession:
         self._before = before
         self._next = before.next_stream
         self._writers: list[StreamWriter] = []
-        self._queue: queue.Queue[tuple[bytes, bytearray] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[bytes, memoryview] | None] = queue.Queue()
         self._room = threading.Condition()
         self._waiting = 0
         self._failure: BaseException | None = None
@@ -113,7 +121,7 @@ class WriteSession:
 
     # -- chunks ---------------------------------------------------------------------------
 
-    def _enqueue(self, key: bytes, value: bytearray) -> None:
+    def _enqueue(self, key: bytes, value: memoryview) -> None:
         with self._room:
             self._room.wait_for(
                 lambda: (
@@ -139,7 +147,7 @@ class WriteSession:
 
     def _drain_batch(self) -> bool:
         item = self._queue.get()
-        batch: list[tuple[bytes, bytearray]] = []
+        batch: list[tuple[bytes, memoryview]] = []
         size = 0
         while item is not None:
             batch.append(item)
@@ -154,7 +162,7 @@ class WriteSession:
             self._room.notify_all()
         return item is not None
 
-    def _write(self, batch: list[tuple[bytes, bytearray]], size: int) -> None:
+    def _write(self, batch: list[tuple[bytes, memoryview]], size: int) -> None:
         self.step("chunks")
         environment = self._environment
         with lmdb_errors(environment.shown, doing="write", needed=size):
@@ -162,6 +170,7 @@ class WriteSession:
             with environment.lmdb.begin(write=True) as transaction:
                 for key, value in batch:
                     transaction.put(key, value)
+            start_writeback(environment.presence)
             fit_file(environment)
             self._read_back([key for key, _ in batch])
 
@@ -173,8 +182,8 @@ class WriteSession:
                 what = f"{self._environment.shown}: read back of chunk {split_key(key)}"
                 if value is None:
                     raise CorruptStoreError(f"{what}: it is not there")
-                open_chunk(value, None, store=self.store, key=key, what=what)
-                release_pages(value)
+                check_chunk(value, store=self.store, key=key, what=what)
+                release_pages(np.frombuffer(value, np.uint8))
 
     def _finish(self) -> None:
         self._queue.put(None)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tallstore.advice import release_pages
 from tallstore.codecs import Bytes
-from tallstore.engine.advice import release_pages
-from tallstore.engine.chunk import HEADER_SIZE, open_chunk
+from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
@@ -74,6 +75,17 @@ class Snapshot:
             raise CorruptStoreError(f"{what} is missing from the store")
         return value
 
+    def _checked(self, stream: Stream, chunk: int, what: str) -> tuple[memoryview, CheckedChunk]:
+        key = chunk_key(stream.number, chunk)
+        value = self._value(key, what)
+        if len(value) > HEADER_SIZE + stream.stored:
+            # Before a byte is touched: a damaged length would lead past the file's end.
+            raise CorruptStoreError(f"{what}: {len(value)} bytes, more than its whole stream")
+        return value, check_chunk(value, store=self.manifest.store, key=key, what=what)
+
+    def _what(self, stream: Stream, chunk: int) -> str:
+        return f"{self.path}: stream {stream.number}, chunk {chunk}"
+
     def read_chunk(self, stream: Stream, chunk: int, out: Bytes | None) -> None:
         """Check one chunk and decode it into `out` (None: only check it).
 
@@ -81,17 +93,38 @@ class Snapshot:
         ------
         ChecksumError, CorruptStoreError
         """
-        what = f"{self.path}: stream {stream.number}, chunk {chunk}"
-        key = chunk_key(stream.number, chunk)
-        value = self._value(key, what)
-        if len(value) > HEADER_SIZE + stream.stored:
-            # Before a byte is touched: a damaged length would lead past the file's end.
-            raise CorruptStoreError(f"{what}: {len(value)} bytes, more than its whole stream")
-        try:
-            open_chunk(value, out, store=self.manifest.store, key=key, what=what)
-        finally:
-            release_pages(value)
-            value.release()
+        what = self._what(stream, chunk)
+        value, checked = self._checked(stream, chunk, what)
+        if out is not None:
+            checked.decode(out, what=what)
+        release_pages(np.frombuffer(value, np.uint8))
+
+    def view_chunk(self, stream: Stream, chunk: int, *, room: Callable[[int], Bytes]) -> Bytes:
+        """Check one chunk and give its data, without a copy where it is stored as it is.
+
+        Parameters
+        ----------
+        room
+            Gives the memory to decode an encoded chunk into, from its size in bytes.
+
+        Returns
+        -------
+        numpy.ndarray
+            The memory that `room` gave; or the map's own, to be read alone (torch takes no arrays
+            that are marked so), until `release_pages`, and never to leave this package.
+        """
+        what = self._what(stream, chunk)
+        value, checked = self._checked(stream, chunk, what)
+        if not checked.is_raw:
+            out = room(stream.raw_size(chunk))
+            checked.decode(out, what=what)
+            release_pages(np.frombuffer(value, np.uint8))
+            return out
+        if checked.raw_size != stream.raw_size(chunk):
+            raise CorruptStoreError(f"{what}: {checked.raw_size} bytes, another size is expected")
+        data = np.frombuffer(checked.payload, np.uint8)
+        alias = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
+        return np.ctypeslib.as_array(alias)
 
     def read(self, stream: Stream, start: int, out: Bytes) -> None:
         """Fill `out` with the stream's raw bytes from `start` on, whatever chunks they lie in."""

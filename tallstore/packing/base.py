@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tallstore.catalog import BaseRecord
-from tallstore.codecs import Bytes
 from tallstore.documents import BaseDocument
-from tallstore.engine.chunk import Encoding
 from tallstore.engine.session import WriteSession
 from tallstore.layout import lay_out
 from tallstore.ops import Workers
+from tallstore.packing.encodings import Policy
 from tallstore.packing.writing import (
     Progress,
     content_identity,
@@ -27,15 +24,14 @@ def write_base(
     session: WriteSession,
     source: Source,
     *,
-    encoding: Callable[[str, Bytes], Encoding],
+    encoding: Policy,
     created: str,
     workers: Workers,
     progress: Progress,
 ) -> tuple[BaseRecord, BaseDocument]:
     """Write a checkpoint as a store's base."""
-    identity = content_identity(source, workers=workers)
     contents, file_streams = write_contents(session, source)
-    streams = write_arenas(
+    streams, digests = write_arenas(
         session,
         lay_out(contents.segments),
         source.read,
@@ -48,7 +44,7 @@ def write_base(
     record = BaseRecord(
         document=number,
         streams=(*streams, *file_streams),
-        identity=identity,
+        identity=content_identity(contents, digests),
         label=source.label,
         kind=source.kind,
         tensors=len(contents.tensors),

@@ -8,10 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
-from tallstore.codecs import Bytes
 from tallstore.documents import BaseDocument
 from tallstore.dtypes import CODABLE
-from tallstore.engine.chunk import Encoding
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
 from tallstore.engine.session import WriteSession
@@ -24,7 +22,7 @@ from tallstore.merging import MergeRule, merge_rule
 from tallstore.ops import Workers, workers
 from tallstore.packing.base import write_base
 from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
-from tallstore.packing.encodings import elements
+from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.tasks import Target, encode_tasks
@@ -39,10 +37,6 @@ __all__ = ["now", "pack_zoo"]
 def now() -> str:
     """The time, as records keep it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _compressed(dtype: str, data: Bytes) -> Encoding:
-    return elements(dtype)
 
 
 def _candidates(base: Source, tasks: Mapping[str, Source]) -> list[Candidate]:
@@ -84,6 +78,7 @@ def pack_zoo(
     evaluate: Evaluate | None = None,
     vector_dtype: str = "bfloat16",
     exact: bool = False,
+    compress: bool = False,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
@@ -109,7 +104,7 @@ def pack_zoo(
         try:
             with workers() as pool:
                 packing = _Packing(new, base, candidates, pool, Meter(report))
-                packing.base_and_vector(rule, vector_dtype)
+                packing.base_and_vector(rule, vector_dtype, policy(compress))
                 packing.tasks(lambdas, evaluate, exact=exact)
             new.publish(timeout=timeout)
         finally:
@@ -142,7 +137,7 @@ class _Packing:
         self._weights = sum(s.nbytes for c in candidates for s in c.source.segments)
         self._done: tuple[BaseRecord, BaseDocument, VectorRecord] | None = None
 
-    def base_and_vector(self, rule: MergeRule, dtype: str) -> None:
+    def base_and_vector(self, rule: MergeRule, dtype: str, encoding: Policy) -> None:
         """Write the base, and merge the shared vector."""
         layout = lay_out(tuple(self._base.segments))
         surveying = self._meter.stage("survey", self._weights * rule.surveys)
@@ -159,7 +154,7 @@ class _Packing:
             record, document = write_base(
                 session,
                 self._base,
-                encoding=_compressed,
+                encoding=encoding,
                 created=self._created,
                 workers=self._pool,
                 progress=self._meter.stage("base", total),

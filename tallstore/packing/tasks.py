@@ -30,7 +30,7 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import Layout, lay_out
 from tallstore.matching import OwnSlice
 from tallstore.ops import Workers
-from tallstore.packing.encodings import BITS, elements, plain, residuals
+from tallstore.packing.encodings import BITS, policy, residuals
 from tallstore.packing.gathering import Candidate, Held
 from tallstore.packing.vector import block_weights, blocks
 from tallstore.packing.writing import Progress, write_arenas, write_blob, write_contents
@@ -249,11 +249,11 @@ def _finish(
         first = slices[number].start * itemsize(own[number].dtype)
         candidate.source.read(slices[number].segment, first + start, out)
 
-    own_streams = write_arenas(
+    own_streams, _ = write_arenas(
         session,
         lay_out(own),
         read,
-        encoding=(lambda dtype, _: elements(dtype)) if compress else (lambda _, data: plain(data)),
+        encoding=policy(compress),
         workers=workers,
         progress=lambda _: None,
     )

@@ -12,11 +12,11 @@ from tallstore import strictjson
 from tallstore.codecs import Bytes
 from tallstore.documents import Contents, StoredFile
 from tallstore.dtypes import itemsize
-from tallstore.engine.chunk import Encoding
+from tallstore.engine.chunk import ChunkBuffer
 from tallstore.engine.session import WriteSession
 from tallstore.layout import Layout
 from tallstore.ops import Workers
-from tallstore.packing.encodings import BITS
+from tallstore.packing.encodings import BITS, Policy
 from tallstore.sources.source import Source
 
 __all__ = [
@@ -34,7 +34,6 @@ Progress = Callable[[int], None]
 SegmentReader = Callable[[int, int, Bytes], None]
 
 _BLOB_CHUNK = 4 << 20
-_HASH_STEP = 8 << 20
 
 
 def write_blob(session: WriteSession, data: bytes) -> int:
@@ -51,11 +50,11 @@ def write_arenas(
     layout: Layout,
     read: SegmentReader,
     *,
-    encoding: Callable[[str, Bytes], Encoding],
+    encoding: Policy,
     workers: Workers,
     progress: Progress,
-) -> tuple[int, ...]:
-    """Write all arenas of a layout, a stream each and a chunk a span; returns the streams.
+) -> tuple[tuple[int, ...], list[str]]:
+    """Write all arenas of a layout, a stream each and a chunk a span.
 
     Parameters
     ----------
@@ -63,28 +62,44 @@ def write_arenas(
         Gives the bytes of the layout's segments.
     encoding
         The encoding of a chunk, from its dtype and its bytes.
+
+    Returns
+    -------
+    streams
+        One an arena.
+    digests
+        XXH3-128 of the bytes of every span, arena by arena.
     """
     writers = [session.stream(arena.chunk_size) for arena in layout.arenas]
 
-    def write(item: tuple[int, int]) -> None:
+    def write(item: tuple[int, int]) -> str:
         arena, span = item
-        data = read_span(layout, arena, span, read)
-        dtype = layout.arenas[arena].dtype
-        writers[arena].put(span, data, encoding=encoding(dtype, data))
+        buffer = ChunkBuffer.of(_span_bytes(layout, arena, span))
+        data = buffer.data
+        read_span(layout, arena, span, read, out=data)
+        digest = xxhash.xxh3_128_hexdigest(data.data)
+        policy = encoding(layout.arenas[arena].dtype, data)
+        writers[arena].put_buffer(span, buffer, encoding=policy)
         progress(data.size)
+        return digest
 
     spans = [(a, span) for a, arena in enumerate(layout.arenas) for span in range(arena.spans)]
-    for _ in workers.each(write, spans):
-        pass
-    return tuple(writer.number for writer in writers)
+    digests = list(workers.each(write, spans))
+    return tuple(writer.number for writer in writers), digests
 
 
-def read_span(layout: Layout, arena: int, span: int, read: SegmentReader) -> Bytes:
-    """The bytes of one span, padding zeroed."""
+def _span_bytes(layout: Layout, arena: int, span: int) -> int:
     record = layout.arenas[arena]
-    size = itemsize(record.dtype)
     weights = min(record.span, record.weights - span * record.span)
-    data = np.empty(weights * size, np.uint8)
+    return weights * itemsize(record.dtype)
+
+
+def read_span(
+    layout: Layout, arena: int, span: int, read: SegmentReader, *, out: Bytes | None = None
+) -> Bytes:
+    """The bytes of one span, padding zeroed; in `out`, where that is given."""
+    size = itemsize(layout.arenas[arena].dtype)
+    data = np.empty(_span_bytes(layout, arena, span), np.uint8) if out is None else out
     end = 0
     for piece in layout.pieces(arena, span):
         data[end : piece.within * size] = 0
@@ -145,26 +160,12 @@ def file_digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def content_identity(source: Source, *, workers: Workers) -> str:
-    """A hash of every tensor's name, shape, dtype and bytes, whatever file they came in.
+def content_identity(contents: Contents, digests: Sequence[str]) -> str:
+    """A hash of a checkpoint's tensors, in the order in which its document lists them.
 
-    SHA-256 of the tensors in the order of their names, each with the XXH3-128 of its segment's
-    bytes: it tells bases apart by accident-proof margins, and is no defence against forgery.
+    SHA-256 of their names, shapes and dtypes and of the digests of all spans: it tells bases apart
+    by accident-proof margins, and is no defence against forgery.
     """
-
-    def digest(segment: int) -> str:
-        total = source.segments[segment].nbytes
-        buffer = np.empty(min(total, _HASH_STEP), np.uint8)
-        state = xxhash.xxh3_128()
-        for start in range(0, total, _HASH_STEP):
-            piece = buffer[: min(_HASH_STEP, total - start)]
-            source.read(segment, start, piece)
-            state.update(piece.data)
-        return state.hexdigest()
-
-    digests = list(workers.each(digest, range(len(source.segments))))
-    rows = sorted(
-        [t.name, t.dtype, list(t.shape), list(t.stride), t.offset, digests[t.segment]]
-        for t in source.tensors
-    )
-    return hashlib.sha256(strictjson.dumps(rows)).hexdigest()
+    described = contents.to_json()
+    record = [described["tensors"], described["segments"], list(digests)]
+    return hashlib.sha256(strictjson.dumps(record)).hexdigest()

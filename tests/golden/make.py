@@ -1,0 +1,157 @@
+"""Makes the golden stores: ``python tests/golden/make.py``, once for each format version.
+
+They are committed, and tests/test_golden.py reads them for ever after: whoever has to run this
+again has changed the format, must say so in the commit, and must put the digests that this prints
+into that file. Contents are computed from integers, so that they are the same everywhere; the
+stores' identities and times are fixed, so that all keys and values are the same for the same zstd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["LAMBDA", "added", "plain", "plain_task", "zoo"]
+
+LAMBDA = 0.4
+State = dict[str, torch.Tensor]
+
+
+def numbers(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Float32 in [-1, 1): 24 bits of a multiplicative hash, exact in float32."""
+    mixed = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(1000 * seed)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    top = ((mixed ^ (mixed >> np.uint64(29))) >> np.uint64(20)) & np.uint64(0xFFFFFF)
+    return (top.astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 23)
+
+
+def floats(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """`numbers` as a tensor."""
+    return torch.from_numpy(numbers(int(np.prod(shape)), seed)).reshape(shape)
+
+
+def plain() -> dict[str, Any]:
+    """Something of nearly everything that `save` takes."""
+    storage = torch.arange(24, dtype=torch.float32)
+    odd = torch.tensor([0x7F800001, -1, 0], dtype=torch.int32).view(torch.float32)
+    return {
+        "model": OrderedDict(
+            weight=floats((5, 7), 1),
+            bias=torch.nn.Parameter(floats((5,), 2)),
+            half=floats((3, 3), 3).half(),
+            brain=floats((9,), 4).bfloat16(),
+            double=floats((4,), 5).double(),
+            steps=torch.tensor(12345678901),
+            flags=torch.tensor([True, False, True]),
+            bytes=torch.arange(10, dtype=torch.uint8),
+            complex=torch.tensor([1 + 2j, -0.0 + 1j], dtype=torch.complex64),
+            float8=torch.arange(8, dtype=torch.float32).to(torch.float8_e4m3fn),
+            empty=torch.zeros(0, 3),
+            odd=odd,
+            zeros=torch.zeros(3000),
+        ),
+        "views": [storage.view(4, 6), storage.view(4, 6).t(), storage[3:9]],
+        "state": {0: {"step": 3.0, "betas": (0.9, 0.999)}, 1: None},
+        "text": "ünïcode \ud800",
+        "raw": b"\x00\xff",
+        "big": -(2**70),
+        "infinity": float("-inf"),
+        "z": 1 - 2j,
+        "set": {1, 2, 3},
+        "shape": torch.Size([2, 3]),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda", 1),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "scalar": np.float32(1.5),
+        "true": True,
+    }
+
+
+def plain_task() -> dict[str, Any]:
+    """`plain`, a few steps later."""
+    later = plain()
+    later["model"]["weight"] = later["model"]["weight"] * 1.001953125
+    later["model"]["half"] = -later["model"]["half"]
+    later["model"]["steps"] = torch.tensor(12345678902)
+    later["extra"] = floats((3,), 6)
+    later["text"] = "later"
+    return later
+
+
+def zoo() -> tuple[State, dict[str, State]]:
+    """A base and two fine-tunes: one as such, one with what masks cannot hold."""
+    base = {
+        "embed": floats((19, 6), 10),
+        "mlp.weight": floats((33, 33), 11),
+        "mlp.bias": floats((33,), 12),
+        "norm": floats((7,), 13).bfloat16(),
+        "head": floats((2, 33), 14),
+        "positions": torch.arange(5),
+    }
+    one = {
+        name: (t.float() + floats(tuple(t.shape), 20 + i) / 64).to(t.dtype)
+        if t.is_floating_point()
+        else t.clone()
+        for i, (name, t) in enumerate(base.items())
+    }
+    two = {
+        name: (t.float() + floats(tuple(t.shape), 40 + i) / 64).to(t.dtype)
+        if t.is_floating_point()
+        else t + 1
+        for i, (name, t) in enumerate(base.items())
+    }
+    two["head"] = floats((8, 33), 50)
+    two["mlp.bias"][4] = float("nan")
+    two["embed"] = base["embed"].clone()
+    return base, {"one": one, "two": two}
+
+
+def added() -> State:
+    """A task that came later: an exact difference, in another dtype."""
+    base, _ = zoo()
+    return {
+        name: (t.float() + floats(tuple(t.shape), 60) / 64).half()
+        if name == "mlp.weight"
+        else t.clone()
+        for name, t in base.items()
+    }
+
+
+def main() -> None:
+    """Write the files and print their digests."""
+    import tallstore
+    import tallstore.ops
+    import tallstore.packing.pack
+    import tallstore.writing
+
+    here = Path(__file__).resolve().parent
+    tallstore.ops.cores = lambda: 1  # one thread: chunks come to LMDB in one order
+    os.urandom = lambda size: bytes(range(size))  # the stores' identities
+    for module in (tallstore.packing.pack, tallstore.writing):
+        module.now = lambda: "2026-01-01T00:00:00+00:00"  # type: ignore[attr-defined]
+    for path in here.glob("*.tall"):
+        path.unlink()
+    tallstore.save(plain(), here / "plain.tall")
+    tallstore.save(plain_task(), here / "plain.tall", task="later", compress=True)
+    tallstore.compact(here / "plain.tall")
+    base, tasks = zoo()
+    path = here / "zoo.tall"
+    tallstore.pack(path, base, tasks, tall_lambda=LAMBDA, exact=True)
+    tallstore.add(path, {"added": added()})
+    tallstore.compact(path)
+    for path in sorted(here.glob("*.tall")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f'    "{path.name}": "{digest}",  # {path.stat().st_size} bytes')
+    print("now put these into DIGESTS of tests/test_golden.py", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

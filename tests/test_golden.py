@@ -1,0 +1,300 @@
+"""Stores written once and committed: what is on disk today must be read for ever.
+
+The files come from tests/golden/make.py and are never made by a test. A second, independent reader
+follows FORMAT.md with lmdb, xxhash and zstandard alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+import xxhash
+import zstandard
+from helpers import assert_same
+from zoo import ROOT, bits, fine_tune
+
+import tallstore
+
+HERE = Path(__file__).resolve().parent / "golden"
+#: Another digest is another format: see tests/golden/make.py.
+DIGESTS: dict[str, str] = {
+    "plain.tall": "52f0388b363bfc2a38de4a33f4d655ab3f4523a2741b1b5b00f36be3a0b3cbfa",
+    "zoo.tall": "66acb9e7af3f7bffef095d572f6d75a5677bea06d8da5256bca64f45dae12d77",
+}
+
+
+def _make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_make", HERE / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _make()
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> dict[str, Path]:
+    """Copies: opening a store makes a lock file beside it."""
+    return {name: Path(shutil.copyfile(HERE / name, tmp_path / name)) for name in sorted(DIGESTS)}
+
+
+def test_the_files_are_those_that_were_committed() -> None:
+    assert len(DIGESTS) == 2
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in HERE.glob("*.tall")}
+    assert found == DIGESTS
+    assert all(path.stat().st_size < 64 << 10 for path in HERE.glob("*.tall"))
+
+
+def test_git_does_not_ignore_them() -> None:
+    done = subprocess.run(
+        ["git", "check-ignore", *(str(HERE / name) for name in DIGESTS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 128), done.stdout  # 128: no repository, as in an archive
+
+
+def test_the_plain_save(golden: dict[str, Path]) -> None:
+    path = golden["plain.tall"]
+    assert_same(tallstore.load(path), make.plain())
+    assert_same(tallstore.load(path, task="later"), make.plain_task())
+    with tallstore.open(path) as store:
+        assert store.verify().ok and list(store.tasks) == ["later"]
+
+
+def test_the_packed_zoo(golden: dict[str, Path]) -> None:
+    path = golden["zoo.tall"]
+    base, tasks = make.zoo()
+    with tallstore.open(path) as store:
+        assert store.verify().ok
+        assert list(store.tasks) == ["one", "two", "added"]
+        assert {n: (t.code, t.exact) for n, t in store.tasks.items()} == {
+            "one": ("tall", True),
+            "two": ("tall", True),
+            "added": ("none", True),
+        }
+        assert store.vector is not None
+        assert (store.vector.dtype, store.vector.rule) == ("bfloat16", "ta")
+        assert_same(store.load(), base)
+        for name, state in {**tasks, "added": make.added()}.items():
+            assert_same(store.load(name), state)
+
+
+def coded(name: str, base: Any, tasks: Any) -> list[tuple[str, torch.Tensor]]:
+    """What the masks of a task alone give, computed from the originals."""
+    found = []
+    for key, start in base.items():
+        if not start.is_floating_point():
+            continue
+        rows = [t[key] for t in tasks.values() if t[key].shape == start.shape]
+        vector = torch.zeros(start.shape)
+        for row in rows:
+            step = row.float() - start.float()
+            vector = vector + torch.where(step.isfinite(), step, 0.0)
+        vector = vector.bfloat16().float()
+        tuned = tasks[name][key]
+        if tuned.shape != start.shape or not bool(tuned.isfinite().all()):
+            found.append((key, tuned))
+            continue
+        base32, tuned32 = start.float(), tuned.float()
+        scale = torch.tensor(make.LAMBDA, dtype=torch.float32)
+        mask = (base32 - tuned32).abs() > ((base32 + vector) - tuned32).abs() * scale
+        found.append((key, (base32 + mask.float() * vector).to(start.dtype)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_masks_of_the_packed_zoo(golden: dict[str, Path], name: str) -> None:
+    base, tasks = make.zoo()
+    state = tallstore.load(golden["zoo.tall"], task=name, fidelity="codes")
+    differing = 0
+    for key, expected in coded(name, base, tasks):
+        assert bits(state[key]) == bits(expected), key
+        differing += bits(expected) != bits(tasks[name][key])
+    assert differing >= 2, "the masks are lossless: nothing is shown"
+
+
+def test_a_golden_store_can_be_written_to(golden: dict[str, Path]) -> None:
+    path = golden["zoo.tall"]
+    base, tasks = make.zoo()
+    tallstore.save(fine_tune(base, 1), path, task="new")
+    with tallstore.open(path, "a") as store:
+        store.remove("two")
+        assert list(store.tasks) == ["one", "added", "new"]
+    tallstore.compact(path)
+    assert_same(tallstore.load(path, task="one"), tasks["one"])
+    assert_same(tallstore.load(path, task="new"), fine_tune(base, 1))
+
+
+# -- another reader, from FORMAT.md -------------------------------------------------------
+
+
+class Reader:
+    """Sections 2 to 7 of FORMAT.md, in as few lines as they take."""
+
+    def __init__(self, path: Path) -> None:
+        options: dict[str, Any] = {"subdir": False, "readonly": True, "lock": False}
+        with lmdb.Environment(str(path), **options) as env, env.begin() as txn:
+            self.items = {bytes(key): bytes(value) for key, value in txn.cursor()}
+        value = self.items[b"manifest"]
+        magic, version, zero, self.store = struct.unpack("<8sII16s", value[:32])
+        assert (magic, version, zero) == (b"TALLSTOR", 1, 0)
+        self.manifest = json.loads(self.chunk(value[32:], value[:32], b"manifest"))
+        self.streams = {row[0]: row[1:] for row in self.manifest["streams"]}
+        assert {struct.unpack(">QI", k)[0] for k in self.items if len(k) == 12} == set(self.streams)
+
+    @staticmethod
+    def chunk(value: bytes, store: bytes, key: bytes) -> bytes:
+        head, payload = value[:48], value[48:]
+        magic, codec, parameter, raw, size = struct.unpack("<4sBBxxQQ8x", head[:32])
+        assert magic == b"TSC1" and size == len(payload)
+        assert xxhash.xxh3_128(store + key + head[:32] + payload).digest() == head[32:]
+        if codec == 0:
+            data = payload
+        elif codec == 1:
+            data = zstandard.ZstdDecompressor().decompress(payload)
+        else:
+            assert codec == 2
+            lengths = struct.unpack(f"<{parameter}I", payload[: 4 * parameter])
+            place, planes = 4 * parameter, []
+            for length in lengths:
+                body = payload[place : place + (length & 0x7FFFFFFF)]
+                place += len(body)
+                whole = body if length >> 31 else zstandard.ZstdDecompressor().decompress(body)
+                planes.append(np.frombuffer(whole, np.uint8))
+            data = np.stack(planes, 1).tobytes()
+        assert len(data) == raw
+        return data
+
+    def stream(self, number: int) -> bytes:
+        size, raw, stored = self.streams[number]
+        keys = [struct.pack(">QI", number, chunk) for chunk in range(-(-raw // size))]
+        assert sum(len(self.items[key]) for key in keys) == stored
+        data = b"".join(self.chunk(self.items[key], self.store, key) for key in keys)
+        assert len(data) == raw
+        return data
+
+    @staticmethod
+    def places(segments: list[list[Any]]) -> list[tuple[int, int]]:
+        """(arena, first weight) of each segment."""
+        order: list[str] = list(dict.fromkeys(dtype for dtype, _ in segments))
+        ends, found = [0] * len(order), []
+        for dtype, count in segments:
+            arena = order.index(dtype)
+            found.append((arena, ends[arena]))
+            ends[arena] += -(-count // 1024) * 1024
+        return found
+
+
+@pytest.mark.parametrize("name", sorted(["plain.tall", "zoo.tall"]))
+def test_every_chunk_by_the_format(golden: dict[str, Path], name: str) -> None:
+    reader = Reader(golden[name])
+    assert len([reader.stream(number) for number in reader.streams]) >= 5
+    assert set(reader.manifest["body"]) == {"base", "vector", "tasks"}
+
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
+
+
+def widened(words: Any) -> Any:
+    """Bit patterns of float32 or bfloat16 as float32."""
+    if words.dtype == np.uint32:
+        return words.view(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(weights: Any, word: Any) -> Any:
+    """Float32 to bit patterns, rounded to nearest even where they are bfloat16's."""
+    whole = weights.view(np.uint32)
+    if word is np.uint32:
+        return whole
+    return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def corrected(predicted: Any, zigzag: Any, dtype: str) -> Any:
+    """The exact tier."""
+    word = predicted.dtype.type
+    step = (zigzag >> word(1)) ^ (word(0) - (zigzag & word(1)))
+    if dtype == "int64":
+        return predicted + step
+    sign = word(1 << (8 * predicted.itemsize - 1))
+    back = np.where(predicted & sign, ~predicted, predicted | sign) + step
+    return np.where(back & sign, back ^ sign, ~back).astype(word)
+
+
+def test_a_task_by_the_format(golden: dict[str, Path]) -> None:
+    """Base, mask, shared vector and residual to the original's bits, without tallstore."""
+    reader = Reader(golden["zoo.tall"])
+    body = reader.manifest["body"]
+    base = json.loads(reader.stream(body["base"]["document"]))
+    places = reader.places(base["segments"])
+    _, tasks = make.zoo()
+    seen = {"b": 0, "c": 0, "o": 0}
+    for name in ("one", "two"):
+        task = json.loads(reader.stream(body["tasks"][name]["document"]))
+        own_places = reader.places(task["own"])
+        codes = {code[0]: code[1:] for code in task["codes"]}
+        for key, segment, dtype, shape, _, _, _ in task["tensors"]:
+            width = SIZES[dtype]
+            data = b""
+            for kind, number, start, count in task["parts"][segment]:
+                seen[kind] += 1
+                if kind == "o":
+                    arena, first = own_places[number]
+                    raw = reader.stream(task["own_streams"][arena])
+                    data += raw[first * width : (first + count) * width]
+                    continue
+                arena, first = places[number]
+                first += start
+                raw = reader.stream(base["streams"][arena])
+                plain = raw[first * width : (first + count) * width]
+                if kind == "b":
+                    data += plain
+                    continue
+                code_dtype, planes, exact = codes[arena]
+                assert code_dtype == dtype
+                word = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
+                predicted = np.frombuffer(plain, word)
+                if planes is not None:
+                    plane = np.frombuffer(reader.stream(planes), np.uint8)
+                    bit = np.unpackbits(plane, bitorder="little")[first : first + count]
+                    raw = reader.stream(body["vector"]["streams"][arena])
+                    assert body["vector"]["dtype"] == "bfloat16"
+                    vector = widened(np.frombuffer(raw, np.uint16)[first : first + count])
+                    weights = widened(predicted) + np.float32(bit) * vector
+                    predicted = narrowed(weights, word)
+                raw = reader.stream(exact)[first * width : (first + count) * width]
+                data += corrected(predicted, np.frombuffer(raw, word), dtype).tobytes()
+            expected = tasks[name][key]
+            assert list(expected.shape) == shape
+            assert data == bits(expected), (name, key)
+    assert min(seen.values()) > 0, f"a kind of part was never met: {seen}"
+
+
+def test_the_lengths_that_the_format_demands(golden: dict[str, Path]) -> None:
+    for path in golden.values():
+        data = path.read_bytes()
+        metas = []
+        for page in (0, 4096):
+            magic, version = struct.unpack_from("<II", data, page + 16)
+            assert (magic, version) == (0xBEEFC0DE, 1)
+            (size,) = struct.unpack_from("<I", data, page + 16 + 24)
+            last, transaction = struct.unpack_from("<QQ", data, page + 16 + 120)
+            metas.append((transaction, (last + 1) * size))
+        assert len(data) >= max(metas)[1]
