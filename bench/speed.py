@@ -24,7 +24,7 @@ from tallstore.kernels.reference import reconstruct as reference
 from tallstore.ops import TALL_LEVELS, reconstruct, workers
 from tallstore.scratch import Scratch
 
-_SPAN = 1 << 20
+_SPAN = 1 << 22
 
 
 def _row(name: str, times: dict[str, dict[str, float]], ours: str, theirs: str, **more: Any) -> Any:

@@ -294,3 +294,20 @@ def test_the_residual_counts_floats_between(dtype: str) -> None:
     # from -0.0 up is +0.0, then the smallest denormal
     assert residual(*raw, dtype).view(word).tolist() == [2, 2, 4, 2]
     assert residual(*reversed(raw), dtype).view(word).tolist() == [1, 1, 3, 1]
+
+
+def test_packing_in_many_transactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pack has written and reads again must outlive all its later transactions."""
+    monkeypatch.setattr("tallstore.engine.session._BATCH", 1)
+    monkeypatch.setattr("tallstore.layout.SPAN", 1 << 12)  # enough chunks for LMDB's tree to grow
+    weights = torch.arange(3 << 17, dtype=torch.float32).reshape(3, 1 << 17) / 1000
+    base = {f"w{n}": weights[n] + n for n in range(3)}
+    tasks = {
+        f"t{k}": {name: w + torch.sin(w * k) / 100 for name, w in base.items()} for k in range(1, 9)
+    }
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, tasks, exact=True)
+    with tallstore.open(path) as store:
+        assert store.verify().ok
+        for name, state in tasks.items():
+            assert_same(store.load(name), state)

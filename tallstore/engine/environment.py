@@ -165,7 +165,10 @@ class Environment:
 
     def _remove_lock_file(self) -> None:
         """Leave no litter: LMDB's lock file goes with the last user of the data file."""
-        if self.key is None or not self.writable:
+        if not self.writable:
+            return
+        if self.key is None:  # nobody else's
+            lock_file(self.path).unlink(missing_ok=True)
             return
         with contextlib.suppress(OSError):
             fcntl.flock(self.presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -375,10 +378,11 @@ def create_environment(path: Path, *, destination: Path) -> Environment:
     It is to be moved to `destination`, which messages name.
 
     Its transactions are not synced one by one: nobody knows the file until it is moved to its
-    place, and `WriteSession.commit` syncs it before that.
+    place, and `WriteSession.commit` syncs it before that. It has a reader table all the same:
+    without one, LMDB would use pages again that this process's own snapshots still read.
     """
     with lmdb_errors(destination, doing="create"):
-        opened = _lmdb_open(path, readonly=False, lock=False, create=True, sync=False)
+        opened = _lmdb_open(path, readonly=False, lock=True, create=True, sync=False)
         presence = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(presence, fcntl.LOCK_EX)
         return Environment(path, opened, True, presence, destination=destination)

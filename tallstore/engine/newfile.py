@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import secrets
 from pathlib import Path
@@ -50,11 +51,12 @@ class NewFile:
 
     def _remove_stale(self) -> None:
         """Remove what killed writers left: theirs are the files that nobody holds a lock on."""
-        for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
             with contextlib.suppress(OSError):
                 descriptor = os.open(stale, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_file(stale).unlink(missing_ok=True)
                     stale.unlink()
                 finally:
                     os.close(descriptor)
@@ -96,7 +98,7 @@ class NewFile:
 
     def discard(self) -> None:
         """Remove the temporary file, if it is still there."""
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
         if self.environment.handles:
             self.environment.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
