@@ -24,7 +24,7 @@ from tallstore.kernels.reference import reconstruct as reference
 from tallstore.ops import TALL_LEVELS, reconstruct, workers
 from tallstore.scratch import Scratch
 
-_SPAN = 1 << 22
+_SPAN = 1 << 23
 
 
 def _row(name: str, times: dict[str, dict[str, float]], ours: str, theirs: str, **more: Any) -> Any:
@@ -79,7 +79,8 @@ def reconstruction(count: int = 1 << 26) -> list[Any]:
                     "reconstruct": ours,
                     "torch.add": lambda b=base, v=vector, o=out: torch.add(b, v, out=o),
                 },  # type: ignore[misc]
-                repeats=11,
+                repeats=9,
+                burst=4,
             )
         name = f"reconstruct, {str(dtype).removeprefix('torch.')}, {count >> 20} Mi weights"
         rows.append(_row(name, times, "reconstruct", "torch.add", weights=count))
@@ -113,7 +114,8 @@ def packed(found: Zoo, directory: Path) -> list[Any]:
                 "tallstore.load": lambda s=store: tallstore.load(s, task=task),  # type: ignore[misc]
                 "torch.load": lambda: torch.load(original),
             },
-            repeats=15,
+            repeats=9,
+            burst=3,
         )
         name = "load a packed MiniLM task" + (", exact" if exact else "")
         rows.append(

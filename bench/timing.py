@@ -10,17 +10,20 @@ __all__ = ["by_turns"]
 
 
 def by_turns(
-    runs: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1, burst: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each, as minimum, median and maximum; all of them once a round."""
+    """Seconds of each, as minimum, median and maximum; all of them, by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            spent = time.perf_counter() - began
-            if turn >= warmup:
-                seconds[name].append(spent)
+            # The first of a burst does not count: torch's threads still spin on the cores after
+            # what ran before.
+            for again in range(burst):
+                began = time.perf_counter()
+                run()
+                spent = time.perf_counter() - began
+                if turn >= warmup and (again or burst == 1):
+                    seconds[name].append(spent)
     return {
         name: {"min": min(found), "median": median(found), "max": max(found)}
         for name, found in seconds.items()

@@ -26,8 +26,10 @@ __all__ = ["TALL_LEVELS", "Workers", "reconstruct", "workers"]
 #: Levels of a TALL mask: a weight takes the shared vector or leaves it.
 TALL_LEVELS: Final = (0.0, 1.0)
 
-#: Weights a step: its scratch fills half of a second-level cache.
-_STEP: Final = 1 << 18
+#: Weights a step: few enough for a shared cache, so many that two threads rarely meet.
+_STEP: Final = 1 << 19
+
+_INDEX: Final = np.dtype(np.intp)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -130,12 +132,18 @@ def _steps(count: int) -> Iterator[slice]:
 
 
 def _expand(
-    plane: npt.NDArray[np.uint8], rows: npt.NDArray[np.void], into: npt.NDArray[np.uint8]
+    plane: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.void],
+    into: npt.NDArray[np.uint8],
+    scratch: Scratch,
 ) -> None:
     """Write the row of each byte of a plane, one after the other."""
+    # numpy would make the same wide index of the bytes, in fresh memory each time.
+    index = scratch.take("reconstruct: index", plane.size * _INDEX.itemsize).view(_INDEX)
+    np.copyto(index, plane)
     # "clip" never clips here; it spares a copy that "raise" makes of the output.
     found = into[: plane.size * rows.itemsize].view(rows.dtype)
-    np.take(rows, plane, out=found, mode="clip")
+    np.take(rows, index, out=found, mode="clip")
 
 
 def _masked(
@@ -158,7 +166,7 @@ def _masked(
     }
     for at in _steps(base.numel()):
         count = at.stop - at.start
-        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer)
+        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer, scratch)
         one = widened["base"][:count].copy_(base[at]) if "base" in widened else base[at]
         two = widened["vector"][:count].copy_(vector[at]) if "vector" in widened else vector[at]
         into = widened["out"][:count] if "out" in widened else out[at]
@@ -182,7 +190,7 @@ def _two_levels(
     add = _adder(base, step, out)
     for at in _steps(base.numel()):
         count = at.stop - at.start
-        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer)
+        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer, scratch)
         if vector is not None:
             step[:count].mul_(vector[at])
         add(at, count)
