@@ -81,12 +81,13 @@ def main() -> None:
     """Make the zoo, pack it, print, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=None)
+    parser.add_argument("--keep", type=Path, help="make the zoo here, or take what is here")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16])
     args = parser.parse_args()
     layers = max(1, round(args.gigabytes * 1e9 / (4 * _LAYER)))
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
-        folder = Path(name)
+        folder = args.keep or Path(name)
         base = folder / "base.safetensors"
         _make(base, layers, 0, None)
         for n in range(max(args.tasks)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,10 +40,12 @@ def _gain(base: Any, original: Any, loaded: Any) -> float:
     return along / length
 
 
-def _sweep(found: Zoo, rule: str, store: Path, cache: Path | None) -> dict[Any, Any]:
+def _sweep(
+    found: Zoo, rule: str, lambdas: Sequence[float], store: Path, cache: Path | None
+) -> dict[Any, Any]:
     base = _state(found.base)
     table: dict[Any, Any] = {}
-    for value in LAMBDAS:
+    for value in lambdas:
         tallstore.pack(
             store, found.base, found.tasks, merge=rule, tall_lambda=value, overwrite=True
         )
@@ -61,16 +63,22 @@ def _state(directory: Path) -> Any:
     return load_file(directory / "model.safetensors")
 
 
-def _rows(rule: str, tasks: list[str], table: dict[Any, Any], own: dict[str, Any]) -> Any:
+def _rows(
+    rule: str,
+    lambdas: Sequence[float],
+    tasks: list[str],
+    table: dict[Any, Any],
+    own: dict[str, Any],
+) -> Any:
     def kept(chosen: dict[str, float], split: str) -> list[float]:
         return [table[t, chosen[t]][split] / own[t][split] for t in tasks]
 
-    choices: dict[str, dict[str, float]] = {str(v): dict.fromkeys(tasks, v) for v in LAMBDAS}
+    choices: dict[str, dict[str, float]] = {str(v): dict.fromkeys(tasks, v) for v in lambdas}
     choices["projection"] = {
-        t: min(LAMBDAS, key=lambda v, t=t: abs(table[t, v]["gain"] - 1)) for t in tasks
+        t: min(lambdas, key=lambda v, t=t: abs(table[t, v]["gain"] - 1)) for t in tasks
     }
     choices["validation"] = {
-        t: max(LAMBDAS, key=lambda v, t=t: (table[t, v]["validation"], -v)) for t in tasks
+        t: max(lambdas, key=lambda v, t=t: (table[t, v]["validation"], -v)) for t in tasks
     }
     for name, chosen in choices.items():
         yield {
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--zoo", type=Path, help="a directory of trained tasks to take as it is")
+    parser.add_argument("--lambdas", nargs="+", type=float, default=list(LAMBDAS))
     parser.add_argument("--rules", nargs="+", default=["ta", "ties"])
     args = parser.parse_args()
     found = Zoo.at(args.zoo) if args.zoo else zoo(args.cache, steps=args.steps)
@@ -97,8 +106,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for rule in args.rules:
-            table = _sweep(found, rule, Path(directory) / "zoo.tall", args.cache)
-            rows += list(_rows(rule, list(found.tasks), table, own))
+            table = _sweep(found, rule, args.lambdas, Path(directory) / "zoo.tall", args.cache)
+            rows += list(_rows(rule, args.lambdas, list(found.tasks), table, own))
     print(
         f"{'rule':<6}{'lambda':<12}{'validation: mean':>17}{'worst':>8}{'test: mean':>12}", end=""
     )

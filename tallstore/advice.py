@@ -19,7 +19,7 @@ import numpy.typing as npt
 __all__ = ["prefer_huge_pages", "release_pages", "start_writeback"]
 
 #: Below this a call costs more than it gives back.
-_WORTHWHILE: Final = 1 << 18
+_WORTHWHILE: Final = 1 << 15
 #: From here on large pages are asked for.
 _HUGE: Final = 1 << 22
 _HUGE_PAGE: Final = 1 << 21

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from tallstore.catalog import Catalog
-from tallstore.engine.keys import Stream, split_key
+from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError, TallstoreError
 from tallstore.loading import Loader, Progress, no_progress
@@ -86,9 +86,7 @@ def verify_snapshot(
         problems += _documents(snapshot, catalog)
     stray = 0
     try:
-        for key in snapshot.all_keys():
-            place = split_key(key)
-            stray += place is not None and place[0] not in streams
+        stray = snapshot.strays()
     except TallstoreError as exc:
         problems.append(Problem(str(exc), ()))
     nbytes = sum(stream.stored for stream in streams.values())

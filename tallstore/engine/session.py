@@ -8,6 +8,7 @@ what a killed write left behind belongs to no live stream, and the next write re
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -23,6 +24,7 @@ from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chun
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
 from tallstore.engine.manifest import Manifest
+from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, TallstoreError
 
 __all__ = ["StreamWriter", "WriteSession", "reclaim"]
@@ -276,12 +278,5 @@ def fit_file(environment: Environment, *, spare: int = 0) -> None:
 
 
 def _unreferenced(environment: Environment, manifest: Manifest) -> list[bytes]:
-    doomed: list[bytes] = []
-    with environment.lmdb.begin() as transaction:
-        for key in transaction.cursor().iternext(keys=True, values=False):
-            place = split_key(key)
-            if place is not None and place[0] not in manifest.streams:
-                doomed.append(bytes(key))
-                if len(doomed) == _RECLAIM:
-                    break
-    return doomed
+    with environment.lmdb.begin(buffers=True) as transaction:
+        return list(itertools.islice(stray_keys(transaction, manifest.streams), _RECLAIM))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
+from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, NotAStoreError, StoreClosedError
 
 __all__ = ["Snapshot"]
@@ -146,11 +147,10 @@ class Snapshot:
                 out[filled : filled + count] = whole[within : within + count]
             filled += count
 
-    def all_keys(self) -> Iterator[bytes]:
-        """Every key in the file, in order."""
+    def strays(self) -> int:
+        """How many chunks an interrupted write left; the next write removes them."""
         with lmdb_errors(self.path, doing="list its keys"):
-            for key in self._transaction.cursor().iternext(keys=True, values=False):
-                yield bytes(key)
+            return sum(1 for _ in stray_keys(self._transaction, self.manifest.streams))
 
     def stored_sizes(self) -> tuple[int, int]:
         """(bytes of the file that pages in use take, bytes of the file)."""
