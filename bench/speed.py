@@ -21,8 +21,9 @@ from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, zoo
 from tallstore.kernels.reference import reconstruct as reference
-from tallstore.ops import TALL_LEVELS, reconstruct, workers
+from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
+from tallstore.workers import workers
 
 _SPAN = 1 << 23
 

@@ -10,7 +10,7 @@ from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError, TallstoreError
 from tallstore.loading import Loader, Progress, no_progress
-from tallstore.ops import workers
+from tallstore.workers import workers
 
 __all__ = ["Problem", "Verification", "verify_snapshot"]
 

@@ -26,8 +26,8 @@ from tallstore.errors import (
     UnknownTensorError,
 )
 from tallstore.objects import assemble, build_tensor
-from tallstore.ops import workers
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
+from tallstore.workers import workers
 
 __all__ = ["Loader", "Progress", "Put", "no_progress"]
 

@@ -7,12 +7,9 @@ tested to give the same bits.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +18,7 @@ import torch
 from tallstore.errors import MismatchError
 from tallstore.scratch import Scratch
 
-__all__ = ["TALL_LEVELS", "Workers", "reconstruct", "workers"]
+__all__ = ["TALL_LEVELS", "reconstruct"]
 
 #: Levels of a TALL mask: a weight takes the shared vector or leaves it.
 TALL_LEVELS: Final = (0.0, 1.0)
@@ -30,9 +27,6 @@ TALL_LEVELS: Final = (0.0, 1.0)
 _STEP: Final = 1 << 19
 
 _INDEX: Final = np.dtype(np.intp)
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 def _byte_rows(rows: npt.NDArray[Any]) -> npt.NDArray[np.void]:
@@ -118,12 +112,16 @@ def reconstruct(
         return
     scratch = Scratch() if scratch is None else scratch
     packed = planes.numpy()
-    if vector is not None and tuple(levels) == TALL_LEVELS:
+    if vector is not None and _is_tall(levels):
         _masked(base, packed[0], vector, out, scratch)
     elif planes.shape[0] == 1:
         _two_levels(base, packed[0], vector, levels, out, scratch)
     else:
         _many_levels(base, packed, vector, levels, out)
+
+
+def _is_tall(levels: Sequence[float]) -> bool:
+    return tuple(levels) == TALL_LEVELS and math.copysign(1.0, levels[0]) > 0
 
 
 def _steps(count: int) -> Iterator[slice]:
@@ -246,61 +244,3 @@ def _adder(
         torch.add(left, step[:count], out=out[at])
 
     return add_rounded
-
-
-class Workers:
-    """A few threads that work on spans; see `workers`."""
-
-    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
-        self._pool = pool
-        self.count = count
-
-    def each(self, work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-        """``work(item)`` for each item, results in order, at most two a thread under way.
-
-        The first failure is raised once the calls under way have ended.
-        """
-        pending: list[Future[_R]] = []
-        try:
-            for item in items:
-                pending.append(self._pool.submit(work, item))
-                if len(pending) > 2 * self.count:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def workers(count: int | None = None) -> Iterator[Workers]:
-    """Threads for the length of a block, each with torch's own threads switched off.
-
-    Parameters
-    ----------
-    count
-        Threads; the cores that this process may use, at most 16, where it is None.
-    """
-    count = count or min(cores(), 16)
-    threads = torch.get_num_threads()
-    ready = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        # A thread takes the process-wide number over at its first use of torch: now, while it is 1.
-        torch.get_num_threads()
-        ready.wait()
-
-    with ThreadPoolExecutor(count, thread_name_prefix="tallstore") as pool:
-        for _ in range(count):
-            pool.submit(prepare)
-        ready.wait()
-        # The call in the workers also set the process-wide default: put that back.
-        torch.set_num_threads(threads)
-        yield Workers(pool, count)

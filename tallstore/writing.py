@@ -29,7 +29,6 @@ from tallstore.errors import (
     UnknownTaskError,
 )
 from tallstore.matching import match
-from tallstore.ops import workers
 from tallstore.packing.base import write_base
 from tallstore.packing.encodings import policy
 from tallstore.packing.files import known_files
@@ -39,6 +38,7 @@ from tallstore.packing.tasks import Target, encode_tasks
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
+from tallstore.workers import workers
 
 __all__ = ["append_tasks", "compact_store", "remove_tasks", "write_object"]
 

@@ -36,6 +36,7 @@ LAYERS: list[set[str]] = [
         "merging",
         "objects",
         "ops",
+        "workers",
         "sources",
     },
     {
@@ -68,6 +69,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
         "loading",
         "objects",
         "ops",
+        "workers",
         "packing",
         "sources",
         "store",

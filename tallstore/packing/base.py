@@ -6,7 +6,6 @@ from tallstore.catalog import BaseRecord
 from tallstore.documents import BaseDocument
 from tallstore.engine.session import WriteSession
 from tallstore.layout import lay_out
-from tallstore.ops import Workers
 from tallstore.packing.encodings import Policy
 from tallstore.packing.writing import (
     Progress,
@@ -16,6 +15,7 @@ from tallstore.packing.writing import (
     write_contents,
 )
 from tallstore.sources.source import Source
+from tallstore.workers import Workers
 
 __all__ = ["write_base"]
 

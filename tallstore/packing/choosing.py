@@ -20,9 +20,9 @@ from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.objects import assemble, build_tensor
-from tallstore.ops import Workers
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.tasks import tall_span
+from tallstore.workers import Workers
 
 __all__ = ["DEFAULT_TALL_LAMBDA", "Evaluate", "check_lambdas", "choose_lambda"]
 

@@ -19,7 +19,6 @@ from tallstore.errors import EmptyZooError, MismatchError, OptionError, StoreExi
 from tallstore.layout import lay_out
 from tallstore.matching import match
 from tallstore.merging import MergeRule, merge_rule
-from tallstore.ops import Workers, workers
 from tallstore.packing.base import write_base
 from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
 from tallstore.packing.encodings import Policy, policy
@@ -30,6 +29,7 @@ from tallstore.packing.vector import survey, write_vector
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
+from tallstore.workers import Workers, workers
 
 __all__ = ["now", "pack_zoo"]
 

@@ -29,12 +29,12 @@ from tallstore.engine.session import StreamWriter, WriteSession
 from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import Layout, lay_out
 from tallstore.matching import OwnSlice
-from tallstore.ops import Workers
 from tallstore.packing.encodings import BITS, policy, residuals
 from tallstore.packing.gathering import Candidate, Held
 from tallstore.packing.vector import block_weights, blocks
 from tallstore.packing.writing import Progress, write_arenas, write_blob, write_contents
 from tallstore.specs import SegmentSpec
+from tallstore.workers import Workers
 
 __all__ = ["Target", "encode_tasks", "tall_span"]
 

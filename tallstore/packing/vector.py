@@ -15,10 +15,10 @@ from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.session import WriteSession
 from tallstore.layout import Arena, Layout
 from tallstore.merging import MergeRule
-from tallstore.ops import Workers
 from tallstore.packing.encodings import elements
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.writing import Progress, SegmentReader, read_span
+from tallstore.workers import Workers
 
 __all__ = ["block_weights", "blocks", "survey", "write_vector"]
 

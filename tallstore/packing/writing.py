@@ -15,9 +15,9 @@ from tallstore.dtypes import itemsize
 from tallstore.engine.chunk import ChunkBuffer
 from tallstore.engine.session import WriteSession
 from tallstore.layout import Layout
-from tallstore.ops import Workers
 from tallstore.packing.encodings import BITS, Policy
 from tallstore.sources.source import Source
+from tallstore.workers import Workers
 
 __all__ = [
     "Progress",

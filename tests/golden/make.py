@@ -128,12 +128,12 @@ def added() -> State:
 def main() -> None:
     """Write the files and print their digests."""
     import tallstore
-    import tallstore.ops
+    import tallstore.workers
     import tallstore.packing.pack
     import tallstore.writing
 
     here = Path(__file__).resolve().parent
-    tallstore.ops.cores = lambda: 1  # one thread: chunks come to LMDB in one order
+    tallstore.workers.cores = lambda: 1  # one thread: chunks come to LMDB in one order
     os.urandom = lambda size: bytes(range(size))  # the stores' identities
     for module in (tallstore.packing.pack, tallstore.writing):
         module.now = lambda: "2026-01-01T00:00:00+00:00"  # type: ignore[attr-defined]

@@ -1,0 +1,75 @@
+"""A few threads that work on spans, each with torch's own threads switched off."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Workers", "workers"]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Workers:
+    """A few threads that work on spans; see `workers`."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool = pool
+        self.count = count
+
+    def each(self, work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+        """``work(item)`` for each item, results in order, at most two a thread under way.
+
+        The first failure is raised once the calls under way have ended.
+        """
+        pending: list[Future[_R]] = []
+        try:
+            for item in items:
+                pending.append(self._pool.submit(work, item))
+                if len(pending) > 2 * self.count:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def workers(count: int | None = None) -> Iterator[Workers]:
+    """Threads for the length of a block, each with torch's own threads switched off.
+
+    Parameters
+    ----------
+    count
+        Threads; the cores that this process may use, at most 16, where it is None.
+    """
+    count = count or min(cores(), 16)
+    threads = torch.get_num_threads()
+    ready = threading.Barrier(count + 1)
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        # A thread takes the process-wide number over at its first use of torch: now, while it is 1.
+        torch.get_num_threads()
+        ready.wait()
+
+    with ThreadPoolExecutor(count, thread_name_prefix="tallstore") as pool:
+        for _ in range(count):
+            pool.submit(prepare)
+        ready.wait()
+        # The call in the workers also set the process-wide default: put that back.
+        torch.set_num_threads(threads)
+        yield Workers(pool, count)
