@@ -128,8 +128,8 @@ def added() -> State:
 def main() -> None:
     """Write the files and print their digests."""
     import tallstore
-    import tallstore.workers
     import tallstore.packing.pack
+    import tallstore.workers
     import tallstore.writing
 
     here = Path(__file__).resolve().parent
