@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from tallstore.errors import OptionError
 from tallstore.store import StorePath, TallStore, store_path
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def load(
         Convert floating tensors; None keeps theirs.
     names
         Load only the tensors of these names (shell patterns such as ``"encoder.*"`` allowed),
-        reading only the chunks that hold them; the result is a dict of tensors by name.
+        reading only the chunks that hold them; the result is a dict of tensors by name, in which
+        a numpy array is the tensor of its bytes.
     out
         A dict of tensors, or a module: filled in place, without a second copy of the weights.
     fidelity
@@ -213,11 +215,18 @@ def pack(
     """
     from tallstore.opening import open_checkpoint
     from tallstore.packing.pack import pack_zoo
+    from tallstore.storesource import StoreSource
 
     place = store_path(path)
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(base))
         sources = {n: stack.enter_context(open_checkpoint(what)) for n, what in tasks.items()}
+        for source in (opened, *sources.values()):
+            if isinstance(source, StoreSource) and source.store == place:
+                raise OptionError(
+                    f"{place}: it is to be written and {source.label} read from it; pack to "
+                    "another path, then move that here"
+                )
         return pack_zoo(
             place,
             opened,

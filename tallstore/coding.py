@@ -135,9 +135,8 @@ def encode_tall(
     np.copyto(from_base, from_merged, where=mask)
     error = _square_sum(from_base)
     packed = pack_bits(mask)
-    finite = bool(np.isfinite(moved + error)) or bool(
-        np.isfinite(finetuned).all() and np.isfinite(base).all()
-    )
+    # Finite weights so far apart that their difference is not cannot be coded either.
+    finite = bool(np.isfinite(moved + error))
     return packed, CodeStats(base.size, count_bits(packed), moved, error, False, finite)
 
 

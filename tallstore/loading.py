@@ -117,6 +117,8 @@ class Loader:
             return index
         chosen: set[str] = set()
         for name in [names] if isinstance(names, str) else names:
+            if not isinstance(name, str):
+                raise OptionError(f"names={name!r}: names of tensors are text")
             found = {name} if name in index else {n for n in index if fnmatchcase(n, name)}
             if not found:
                 raise UnknownTensorError(_no_tensor(self.what, name, list(index)))
@@ -283,6 +285,8 @@ def _wanted_device(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
     except RuntimeError as exc:
         raise OptionError(f"device={device!r}: {exc}") from exc
+    if place.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={device!r}: tensors load to 'cpu' or 'cuda'")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"device={device!r}: no CUDA device can be used here; load with device='cpu'"
@@ -346,6 +350,10 @@ def _check_out(
     for spec, tensor in pairs:
         if tensor is None:
             problems.append(f"{spec.name!r} is missing from out")
+        elif not isinstance(tensor, torch.Tensor):
+            problems.append(f"{spec.name!r} is {type(tensor).__name__}, no tensor")
+        elif any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            problems.append(f"{spec.name!r} is expanded: its elements share memory")
         elif tuple(tensor.shape) != spec.shape:
             problems.append(f"{spec.name!r} has shape {list(tensor.shape)}, not {list(spec.shape)}")
         elif tensor.dtype != torch_dtype(spec.dtype):

@@ -29,18 +29,18 @@ def open_checkpoint(what: Any) -> Source:
     """
     if isinstance(what, (str, os.PathLike)):
         text = os.fspath(what)
-        path, _, task = text.partition("::")
-        if (task or not Path(text).exists()) and Path(path).is_file() and is_lmdb_file(path):
-            return _from_store(Path(path), task or None)
         if Path(text).is_file() and is_lmdb_file(text):
             return _from_store(Path(text), None)
+        path, _, task = text.rpartition("::")  # a task's name has no "::", a path may
+        if path and not Path(text).exists() and Path(path).is_file() and is_lmdb_file(path):
+            return _from_store(Path(path), task or None)
     return open_source(what)
 
 
 def _from_store(path: Path, task: str | None) -> Source:
     from tallstore.catalog import Catalog
 
-    snapshot = open_snapshot(Path(os.path.abspath(path)))
+    snapshot = open_snapshot(Path(os.path.realpath(path)))
     try:
         catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
         loader = Loader(snapshot, catalog, task=task)

@@ -40,7 +40,10 @@ def store_path(path: StorePath) -> Path:
     """A caller's path, made absolute; raises OptionError for anything that is no path."""
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise OptionError(f"path={path!r}: the path of a store is needed, such as 'zoo.tall'")
-    return Path(os.path.abspath(path))
+    if "\0" in str(path):
+        raise OptionError(f"path={path!r}: a path has no NUL characters")
+    # Through links: what is written takes the place of the file, not of the link to it.
+    return Path(os.path.realpath(path))
 
 
 def open_snapshot(path: Path) -> Snapshot:

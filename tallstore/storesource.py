@@ -32,6 +32,7 @@ class StoreSource:
         self._loader = loader
         self._owned = owned
         self.label = label
+        self.store = loader.snapshot.path
         self.notes: tuple[str, ...] = ()
 
     @property

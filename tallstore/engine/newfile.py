@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from tallstore.engine.environment import (
@@ -88,6 +89,7 @@ class NewFile:
             os.fsync(self.environment.presence)
             self.environment.close()
             if self.path.exists():
+                self._temporary.chmod(stat.S_IMODE(self.path.stat().st_mode))
                 open_environment(self.path).replace_with(self._temporary, timeout=timeout)
             else:
                 # The lock file of a store that was deleted by hand: its transaction numbers must

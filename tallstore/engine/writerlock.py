@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from tallstore.engine.environment import lmdb_errors
-from tallstore.errors import StoreLockedError
+from tallstore.errors import OptionError, StoreLockedError
 
 __all__ = ["WriterLock"]
 
@@ -33,6 +33,8 @@ class WriterLock:
     """
 
     def __init__(self, path: Path, *, timeout: float) -> None:
+        if not timeout >= 0:
+            raise OptionError(f"timeout={timeout}: seconds to wait, not negative")
         self._path = path.with_name(path.name + "-writer")
         self._store = path
         self._timeout = timeout
