@@ -25,11 +25,13 @@ def test_weights_too_far_apart_are_kept_as_they_are(tmp_path: Path, exact: bool)
     assert_same(tallstore.load(tmp_path / "q.tall", task="a"), {"w": huge})
 
 
-@pytest.mark.parametrize("score", [float("inf"), float("-inf"), float("nan")])
-def test_a_score_is_finite(tmp_path: Path, score: float) -> None:
-    with pytest.raises(OptionError, match="give a finite number"):
-        tallstore.pack(tmp_path / "q.tall", BASE, {"a": TASK}, evaluate=lambda t, s: score)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("score", [float("inf"), float("-inf")])
+def test_an_infinite_score_is_taken_but_not_kept(tmp_path: Path, score: float) -> None:
+    path = tmp_path / "q.tall"
+    tallstore.pack(path, BASE, {"a": TASK}, tall_lambda=[0.2, 0.4], evaluate=lambda t, s: score)
+    with tallstore.open(path) as store:
+        assert store.tasks["a"].score is None
+        assert store.tasks["a"].tall_lambda == 0.2
 
 
 def test_a_store_is_not_packed_over_itself(tmp_path: Path) -> None:

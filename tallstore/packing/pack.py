@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -225,4 +226,6 @@ class _Packing:
             value, score = choose_lambda(
                 snapshot, document, vector, candidate, lambdas, evaluate, workers=self._pool
             )
+        if score is not None and not math.isfinite(score):
+            score = None  # the best of them was hopeless; a record holds numbers
         return Target(candidate=candidate, tall_lambda=value, exact=exact, score=score)
