@@ -87,17 +87,6 @@ class Layout:
             if start < stop:
                 yield Piece(segment, start - place.offset, start - low, stop - start)
 
-    def spans(self, segments: Sequence[int]) -> list[tuple[int, int]]:
-        """The (arena, span) pairs in which `segments` lie, in order, each once."""
-        found: set[tuple[int, int]] = set()
-        for segment in segments:
-            place, numel = self.places[segment], self.segments[segment].numel
-            size = self.arenas[place.arena].span
-            if numel:
-                last = (place.offset + numel - 1) // size
-                found.update((place.arena, n) for n in range(place.offset // size, last + 1))
-        return sorted(found)
-
 
 def lay_out(segments: Sequence[SegmentSpec]) -> Layout:
     """The layout of `segments`, a function of their dtypes and sizes alone."""

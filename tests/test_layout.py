@@ -68,26 +68,9 @@ def test_segments_start_at_blocks_and_never_overlap(given_segments: list[Segment
     assert [a.dtype for a in layout.arenas] == list(dict.fromkeys(s.dtype for s in given_segments))
 
 
-@settings(deadline=None)
-@given(segments, st.data())
-def test_spans_are_those_that_hold_a_piece(
-    given_segments: list[SegmentSpec], data: st.DataObject
-) -> None:
-    small = [SegmentSpec(s.dtype, min(s.numel, 5 * SPAN)) for s in given_segments]
-    layout = lay_out(small)
-    chosen = data.draw(st.sets(st.sampled_from(range(len(small))))) if small else set()
-    wanted = [
-        (arena, span)
-        for arena, record in enumerate(layout.arenas)
-        for span in range(record.spans)
-        if any(piece.segment in chosen for piece in layout.pieces(arena, span))
-    ]
-    assert layout.spans(sorted(chosen)) == wanted
-
-
 def test_no_segments() -> None:
     layout = lay_out([])
-    assert layout.arenas == () and layout.places == () and layout.spans([]) == []
+    assert layout.arenas == () and layout.places == ()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex128", "int8"])
