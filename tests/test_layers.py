@@ -122,8 +122,10 @@ def imports(path: Path, *, eager: bool = False) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}:{node.lineno}: relative import"
             assert node.module is not None
+            if path.parent.name == "kernels" and node.level == 1:
+                continue  # a package of any name: its files find each other by themselves
+            assert not node.level, f"{path}:{node.lineno}: relative import"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 name = inner.removeprefix("tallstore.")
