@@ -435,11 +435,11 @@ def test_reconstruct_refuses_what_does_not_fit() -> None:
     out = torch.full((16,), 7.0)
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((base, plane, torch.ones(15), TALL_LEVELS, out), r"vector: shape \(15,\)"),
-        ((base, plane, base, (0.0, 1.0, 2.0), out), "3 levels for 1 planes; 2 are needed"),
+        ((base, plane, base, (0.0, 1.0, 2.0), out), "3 levels for codes of 2 values"),
         ((base, plane[:, :1], base, TALL_LEVELS, out), "planes of 1 bytes for 16 weights"),
         ((base.double(), plane, base, TALL_LEVELS, out), "base: dtype torch.float64"),
         ((base, plane, base, TALL_LEVELS, torch.full((32,), 7.0)[::2]), "out: shape"),
-        ((base, plane, base.to("meta"), TALL_LEVELS, out), "vector: on meta"),
+        ((base, plane, base.to("meta"), TALL_LEVELS, out), "vector on meta"),
     ]
     for arguments, message in cases:
         with pytest.raises(MismatchError, match=message):

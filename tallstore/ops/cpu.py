@@ -15,13 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tallstore.errors import MismatchError
 from tallstore.scratch import Scratch
 
-__all__ = ["TALL_LEVELS", "reconstruct"]
-
-#: Levels of a TALL mask: a weight takes the shared vector or leaves it.
-TALL_LEVELS: Final = (0.0, 1.0)
+__all__ = ["reconstruct"]
 
 #: Weights a step: few enough for a shared cache, so many that two threads rarely meet.
 _STEP: Final = 1 << 19
@@ -50,67 +46,18 @@ _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 _MASKS: Final = {dtype: _mask_rows(dtype) for dtype in _FLOATS}
 
 
-def _check(
-    base: torch.Tensor,
-    planes: torch.Tensor | None,
-    vector: torch.Tensor | None,
-    levels: Sequence[float],
-    out: torch.Tensor,
-) -> None:
-    for name, tensor in (("base", base), ("vector", vector), ("out", out)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise MismatchError(f"{name}: dtype {tensor.dtype} has no reconstruction")
-        if tensor.dim() != 1 or tensor.numel() != base.numel() or not tensor.is_contiguous():
-            raise MismatchError(
-                f"{name}: shape {tuple(tensor.shape)}, a contiguous ({base.numel()},) is needed"
-            )
-        if tensor.device.type != "cpu":
-            raise MismatchError(f"{name}: on {tensor.device}; this path runs on the CPU")
-    count = 0 if planes is None else planes.shape[0]
-    if len(levels) != 1 << count:
-        raise MismatchError(f"{len(levels)} levels for {count} planes; {1 << count} are needed")
-    if planes is not None and planes.shape[1] * 8 < base.numel():
-        raise MismatchError(f"planes of {planes.shape[1]} bytes for {base.numel()} weights")
-
-
 def reconstruct(
     base: torch.Tensor,
     planes: torch.Tensor | None,
     vector: torch.Tensor | None,
     levels: Sequence[float],
     out: torch.Tensor,
-    *,
-    scratch: Scratch | None = None,
+    scratch: Scratch,
 ) -> None:
-    """Fill `out` with base + levels[code] * vector, on the calling thread.
-
-    Parameters
-    ----------
-    base
-        Shape (n,), float32, bfloat16 or float16.
-    planes
-        uint8, shape (K, at least ceil(n / 8)), LSB-first; None: K = 0, `out` becomes the base.
-    vector
-        Shape (n,), float32, bfloat16 or float16; None stands for 1.
-    levels
-        2**K coefficients.
-    out
-        Shape (n,), any of the three dtypes; may be `base` itself.
-    scratch
-        Buffers to use again; worth giving where this is called often.
-
-    Raises
-    ------
-    MismatchError
-        Shapes, dtypes or devices clash; nothing was written.
-    """
-    _check(base, planes, vector, levels, out)
+    """See `tallstore.ops.reconstruct`; nothing is checked here, and no thread is started."""
     if planes is None or not base.numel():
         out.copy_(base)
         return
-    scratch = Scratch() if scratch is None else scratch
     packed = planes.numpy()
     if vector is not None and _is_tall(levels):
         _masked(base, packed[0], vector, out, scratch)
@@ -121,7 +68,7 @@ def reconstruct(
 
 
 def _is_tall(levels: Sequence[float]) -> bool:
-    return tuple(levels) == TALL_LEVELS and math.copysign(1.0, levels[0]) > 0
+    return tuple(levels) == (0.0, 1.0) and math.copysign(1.0, levels[0]) > 0
 
 
 def _steps(count: int) -> Iterator[slice]:

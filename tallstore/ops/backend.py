@@ -1,0 +1,84 @@
+"""Who does the arithmetic: the CPU path, Triton, or the plain reference."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+
+from tallstore.errors import DeviceError, MismatchError, OptionError
+
+__all__ = ["Backend", "choose_backend"]
+
+Backend = Literal["cpu", "triton", "reference"]
+
+_BACKENDS: Final = ("cpu", "triton", "reference")
+
+
+def choose_backend(device: torch.device, backend: str | None) -> Backend:
+    """What runs on tensors of a device, checked to be able to.
+
+    Parameters
+    ----------
+    backend
+        ``"cpu"`` (fast, on CPU tensors), ``"triton"`` (on CUDA tensors; on CPU tensors only in
+        Triton's interpreter, ``TRITON_INTERPRET=1``) or ``"reference"`` (plain torch, anywhere);
+        None: ``"triton"`` on CUDA tensors, ``"cpu"`` on CPU tensors.
+
+    Raises
+    ------
+    OptionError
+        There is no such backend.
+    DeviceError
+        It cannot run there; nothing slower steps in by itself.
+    """
+    if backend is not None and backend not in _BACKENDS:
+        raise OptionError(f"backend={backend!r}: it is one of {', '.join(_BACKENDS)}")
+    if backend is None:
+        chosen = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if chosen is None:
+            raise DeviceError(
+                f"{device}: only CPU and CUDA tensors have fast paths; pass backend='reference', "
+                "or move the tensors"
+            )
+        backend = chosen
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise DeviceError(f"backend='cpu': the tensors are on {device}; leave backend= away")
+        return "cpu"
+    if backend == "reference":
+        return "reference"
+    _check_triton(device)
+    return "triton"
+
+
+def _check_triton(device: torch.device) -> None:
+    try:
+        from tallstore.kernels.common import INTERPRETED
+    except ImportError as exc:
+        raise DeviceError(
+            f"{device}: the kernels need Triton, which cannot be imported ({exc}); "
+            "pip install 'tallstore[gpu]', or pass backend='reference'"
+        ) from exc
+    if device.type == "cpu" and not INTERPRETED:
+        raise DeviceError(
+            "backend='triton': the tensors are on the CPU, where Triton only runs in its "
+            "interpreter (TRITON_INTERPRET=1); leave backend= away"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"backend='triton': the tensors are on {device}, not on a CUDA device")
+
+
+def same_device(**tensors: torch.Tensor | None) -> torch.device:
+    """The device of all tensors that are there.
+
+    Raises
+    ------
+    MismatchError
+        They are on several.
+    """
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(places.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise MismatchError(f"tensors on several devices: {listed}; move them to one")
+    return next(iter(places.values()))

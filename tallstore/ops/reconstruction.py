@@ -1,0 +1,134 @@
+"""base + levels[code] * vector, wherever the tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+
+from tallstore.errors import MismatchError
+from tallstore.layout import BLOCK
+from tallstore.ops import cpu
+from tallstore.ops.backend import choose_backend, same_device
+from tallstore.ops.checks import check_planes, check_weights
+from tallstore.scratch import Scratch
+
+__all__ = ["TALL_LEVELS", "reconstruct"]
+
+#: Levels of a TALL mask: a weight takes the shared vector or leaves it.
+TALL_LEVELS: Final = (0.0, 1.0)
+
+
+def reconstruct(
+    base: torch.Tensor,
+    planes: torch.Tensor | None,
+    vector: torch.Tensor | None,
+    levels: Sequence[float] | torch.Tensor,
+    out: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    backend: str | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """Fill `out` with base + levels[code] * vector.
+
+    float32: the product and the sum are each rounded, then one rounding to the dtype of `out`
+    (design: numerics). The bits are the same whatever the backend. On the CPU it runs on the
+    calling thread; on CUDA in one launch, on the current stream.
+
+    Parameters
+    ----------
+    base
+        Shape (n,), float32, bfloat16 or float16.
+    planes
+        uint8, shape (K, at least ceil(n / 8)), LSB-first, K = 1..4; None: K = 0, `out` becomes
+        the base.
+    vector
+        Shape (n,), float32, bfloat16 or float16; None stands for 1.
+    levels
+        2**K coefficients; or, float32, shape (R, 2**K), a row of them for each of R tensors.
+    out
+        Shape (n,), any of the three dtypes; may be `base` itself.
+    rows
+        int32, shape (at least ceil(n / 1024),): the row of `levels` that each block of 1024
+        weights takes. None: row 0.
+    backend
+        See `choose_backend`.
+    scratch
+        Buffers to use again on the CPU; worth giving where this is called often.
+
+    Raises
+    ------
+    MismatchError
+        Shapes, dtypes or devices clash; nothing was written.
+    DeviceError
+        The backend cannot run there.
+    """
+    device = same_device(base=base, planes=planes, vector=vector, rows=rows, out=out)
+    count = check_planes(planes, base.numel())
+    check_weights(base.numel(), base=base, vector=vector, out=out)
+    table = _table(levels, 1 << count)
+    _check_rows(rows, table.shape[0], base.numel())
+    chosen = choose_backend(device, backend)
+    if chosen == "triton":
+        from tallstore.kernels.reconstruct import reconstruct as launch
+
+        launch(base, planes, vector, table.to(device), out, rows=rows)
+        return
+    for some, row in _runs(rows, base.numel()):
+        part = None if planes is None else planes[:, some.start // 8 : (some.stop + 7) // 8]
+        step = None if vector is None else vector[some]
+        if chosen == "reference":
+            from tallstore.kernels import reference
+
+            line = table[row].tolist()
+            out[some].copy_(reference.reconstruct(base[some], part, step, line, out.dtype))
+        else:
+            held = Scratch() if scratch is None else scratch
+            cpu.reconstruct(base[some], part, step, table[row].tolist(), out[some], held)
+
+
+def _table(levels: Sequence[float] | torch.Tensor, width: int) -> torch.Tensor:
+    if isinstance(levels, torch.Tensor):
+        fits = levels.dim() == 2 and levels.dtype == torch.float32 and levels.is_contiguous()
+        if not fits or levels.shape[1] != width or not levels.shape[0]:
+            raise MismatchError(
+                f"levels: {levels.dtype}, shape {tuple(levels.shape)}; contiguous float32, "
+                f"shape (rows, {width}), is needed"
+            )
+        return levels
+    if len(levels) != width:
+        raise MismatchError(f"{len(levels)} levels for codes of {width} values")
+    return torch.tensor([tuple(levels)], dtype=torch.float32)
+
+
+def _check_rows(rows: torch.Tensor | None, count: int, weights: int) -> None:
+    if rows is None:
+        return
+    blocks = -(-weights // BLOCK)
+    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.numel() < blocks:
+        raise MismatchError(
+            f"rows: {rows.dtype}, shape {tuple(rows.shape)}; int32, at least ({blocks},), is needed"
+        )
+    # On a GPU a look at the values would make the caller wait; there they are the caller's duty.
+    if (
+        rows.device.type == "cpu"
+        and weights
+        and not 0 <= int(rows.min()) <= int(rows.max()) < count
+    ):
+        raise MismatchError(f"rows: a row outside the {count} of the levels")
+
+
+def _runs(rows: torch.Tensor | None, weights: int) -> Iterator[tuple[slice, int]]:
+    """Runs of weights that share a row of levels."""
+    if rows is None:
+        yield slice(0, weights), 0
+        return
+    blocks = rows[: -(-weights // BLOCK)]
+    values, lengths = torch.unique_consecutive(blocks, return_counts=True)
+    start = 0
+    for row, length in zip(values.tolist(), lengths.tolist(), strict=True):
+        stop = min(start + length * BLOCK, weights)
+        yield slice(start, stop), row
+        start = stop
