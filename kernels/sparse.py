@@ -52,7 +52,9 @@ def cut(*codes: SparseCode) -> Cut:
 
 
 @triton.jit
-def _entry(entries, starts, first, last, low, at, inside, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+def _entry(
+    entries, starts, first, last, low, at, inside, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
     """Weight, from the first of group `first` on, and code of the entries low + at."""
     word = tl.load(entries + low + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
     place = word % GROUP
@@ -97,9 +99,7 @@ def touch_kernel(
         while chunk < count:
             at = chunk + lane
             inside = at < count
-            place, _ = _entry(
-                old_entries, old_starts, first, last, low, at, inside, GROUPS, GROUP
-            )
+            place, _ = _entry(old_entries, old_starts, first, last, low, at, inside, GROUPS, GROUP)
             put_back(base, out, place, inside, DTYPE, SOFT)
             chunk += CHUNK
     if old_entries is not None and new_entries is not None:
