@@ -13,7 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "INTERPRETED", "Shape", "lanes", "launching_on", "rounded", "tl_dtype"]
+__all__ = [
+    "BLOCK",
+    "INTERPRETED",
+    "Shape",
+    "lanes",
+    "launching_on",
+    "rounded",
+    "spread",
+    "tl_dtype",
+]
 
 #: Weights a block; tensors start at its multiples, so that one block has one row of levels.
 BLOCK: Final = 1024
@@ -47,6 +56,13 @@ def launching_on(tensor: torch.Tensor) -> Any:
     """A context in which kernels start on a tensor's device and current stream."""
     # Triton launches on torch's current device, whatever device its arguments are on.
     return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def spread(nibble):
+    """Four bits (uint32, 0 .. 15) as the low bits of four bytes, the lowest first."""
+    # Copies 7 bits apart: bit i of copy i comes to bit 8 * i, and no two bits meet.
+    return (nibble * 0x00204081) & 0x01010101
 
 
 @triton.jit
