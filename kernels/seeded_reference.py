@@ -229,7 +229,8 @@ def expand(code: SeededCode) -> torch.Tensor:
     dense[at] = value + 1
     places = torch.arange(code.bits + 1, device=at.device).unsqueeze(1)
     bits = (dense >> places & 1).unflatten(1, (-1, 8))
-    return (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
+    packed: torch.Tensor = (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
+    return packed
 
 
 def expanded_levels(code: SeededCode) -> tuple[torch.Tensor, torch.Tensor]:

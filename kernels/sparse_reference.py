@@ -140,7 +140,8 @@ def expand(code: SparseCode) -> torch.Tensor:
     dense[at] = codes
     places = torch.arange(code.bits, device=at.device).unsqueeze(1)
     bits = (dense >> places & 1).unflatten(1, (-1, 8))
-    return (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
+    packed: torch.Tensor = (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
+    return packed
 
 
 def apply(code: SparseCode, base: torch.Tensor, out: torch.Tensor) -> None:

@@ -33,6 +33,10 @@ class TallSums:
     finite: torch.Tensor
     """Whether every weight can be coded: no difference is NaN or infinite. bool, shape (B,)."""
 
+    def to(self, device: torch.device | str) -> TallSums:
+        """The same sums on a device."""
+        return TallSums(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
     @classmethod
     def empty(cls, blocks: int, device: torch.device | str) -> TallSums:
         """Room for the sums of a number of blocks, uninitialized."""

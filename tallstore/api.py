@@ -168,6 +168,7 @@ def pack(
     vector_dtype: str = "bfloat16",
     exact: bool = False,
     compress: bool = False,
+    device: torch.device | str | None = None,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
@@ -199,6 +200,9 @@ def pack(
         are lossy.
     compress
         Compress the base too: a sixth off float32, a third off bfloat16; loading takes longer.
+    device
+        Where masks are made: ``"cpu"`` (None) or ``"cuda"``. The masks are the same; the
+        statistics agree to six digits.
     overwrite
         Replace a store at `path`.
     timeout, report
@@ -237,6 +241,7 @@ def pack(
             vector_dtype=vector_dtype,
             exact=exact,
             compress=compress,
+            device=device,
             overwrite=overwrite,
             timeout=timeout,
             report=report,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
 from tallstore.specs import SegmentSpec
 
-__all__ = ["Decoder", "Run"]
+__all__ = ["Decoder", "Run", "Span", "SpanKey"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,25 @@ class _Link:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """The decoded chunks of one span."""
 
     base: Bytes
-    vector: torch.Tensor | None
-    planes: Bytes | None
-    residual: Bytes | None
-    code: ArenaCode | None
+    base_dtype: str
+    code: ArenaCode | None = None
+    planes: Bytes | None = None
+    vector: Bytes | None = None
+    vector_dtype: str = "float32"
+    residual: Bytes | None = None
     in_map: bool = False
     """Whether `base` is LMDB's own memory."""
+
+    def chunks(self) -> Iterator[tuple[str, Bytes]]:
+        """What there is, by the names that it was taken under."""
+        for name in ("base", "planes", "vector", "residual"):
+            data = getattr(self, name)
+            if data is not None:
+                yield name, data
 
     def release(self) -> None:
         """Let go of what is LMDB's; nothing of the span may be used afterwards."""
@@ -68,7 +77,10 @@ class _Span:
             release_pages(self.base)
 
 
-_SPAN_KEY = tuple[bool, int, int]
+#: A span's name: (of the task's own arenas, arena, number).
+SpanKey = tuple[bool, int, int]
+#: Gives a buffer of so many bytes by its name.
+Take = Callable[[str, int], Bytes]
 #: Up to so many tensors of a span are reconstructed each in its place.
 _FEW: Final = 8
 
@@ -144,9 +156,23 @@ class Decoder:
     def _layout(self, own: bool) -> Layout:
         return self._task.own_layout if own and self._task else self._base.layout
 
-    def spans(self, wanted: Sequence[int]) -> list[_SPAN_KEY]:
+    @property
+    def has_codes(self) -> bool:
+        """Whether anything is predicted from the base."""
+        return any(link.coded for links in self._links.values() for link in links)
+
+    def dtype(self, key: SpanKey) -> str:
+        """The dtype of a span's elements."""
+        own, arena, _ = key
+        return self._layout(own).arenas[arena].dtype
+
+    def width(self, run: Run) -> int:
+        """Bytes of an element of the segment that a run is of."""
+        return itemsize(self.segments[run.segment].dtype)
+
+    def spans(self, wanted: Sequence[int]) -> list[SpanKey]:
         """The spans that hold any part of the segments `wanted`, in the order of the streams."""
-        pairs: set[_SPAN_KEY] = set()
+        pairs: set[SpanKey] = set()
         chosen = set(wanted)
         for (own, number), links in self._links.items():
             for link in links:
@@ -154,7 +180,7 @@ class Decoder:
                     pairs.update(self._link_spans(own, number, link))
         return sorted(pairs)
 
-    def _link_spans(self, own: bool, number: int, link: _Link) -> Iterator[_SPAN_KEY]:
+    def _link_spans(self, own: bool, number: int, link: _Link) -> Iterator[SpanKey]:
         layout = self._layout(own)
         place = layout.places[number]
         size = layout.arenas[place.arena].span
@@ -162,7 +188,7 @@ class Decoder:
         for span in range(first // size, (first + link.count - 1) // size + 1):
             yield own, place.arena, span
 
-    def runs(self, key: _SPAN_KEY) -> Iterator[Run]:
+    def runs(self, key: SpanKey) -> Iterator[Run]:
         """What a span holds of the loaded checkpoint."""
         own, arena, span = key
         for piece in self._layout(own).pieces(arena, span):
@@ -180,18 +206,24 @@ class Decoder:
 
     # -- chunks ---------------------------------------------------------------------------
 
-    def _chunk(self, stream: int, span: int, name: str, into: Bytes | None = None) -> Bytes:
+    def _chunk(self, stream: int, span: int, name: str, take: Take | None = None) -> Bytes:
         record = self._snapshot.stream(stream)
         if span >= record.chunks:
             raise CorruptStoreError(
                 f"{self._snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
             )
-        size = record.raw_size(span)
-        out = self._scratch.take(name, size) if into is None or into.size != size else into
+        out = (take or self._scratch.take)(name, record.raw_size(span))
         self._snapshot.read_chunk(record, span, out)
         return out
 
-    def load(self, key: _SPAN_KEY, *, into: Bytes | None = None, coded: bool = True) -> _Span:
+    def load(
+        self,
+        key: SpanKey,
+        *,
+        into: Bytes | None = None,
+        coded: bool = True,
+        take: Take | None = None,
+    ) -> Span:
         """Read and check the chunks of a span.
 
         Parameters
@@ -200,31 +232,40 @@ class Decoder:
             Where the elements may be decoded to at once, if their bytes are exactly as many.
         coded
             Whether codes are needed.
+        take
+            Where everything is to be decoded to, under the names of `Span.chunks`; without it,
+            into memory of the thread's, or of LMDB's.
 
         Returns
         -------
-        _Span
-            Valid until the same thread loads the next one; `release` it when done.
+        Span
+            Valid until the same thread loads the next one, or as long as what `take` gave;
+            `release` it when done.
         """
         own, arena, span = key
         stream = (self._task.own_streams if own and self._task else self._base.streams)[arena]
-        base, in_map = self._elements(stream, span, into)
+        dtype = self.dtype(key)
+        if take is None:
+            base, in_map = self._elements(stream, span, into)
+        else:
+            base, in_map = self._chunk(stream, span, "base", take), False
         code = None if own or not coded else self._codes.get(arena)
         if code is None:
-            return _Span(base, None, None, None, None, in_map)
+            return Span(base, dtype, in_map=in_map)
         planes = vector = residual = None
+        vector_dtype = dtype
         if code.planes is not None:
-            planes = self._chunk(code.planes, span, "planes")
-            vector = self._vector_chunk(arena, span)
+            planes = self._chunk(code.planes, span, "planes", take)
+            vector, vector_dtype = self._vector_chunk(arena, span, take)
         if code.exact is not None and self._exact:
-            residual = self._chunk(code.exact, span, "residual")
-        return _Span(base, vector, planes, residual, code, in_map)
+            residual = self._chunk(code.exact, span, "residual", take)
+        return Span(base, dtype, code, planes, vector, vector_dtype, residual, in_map)
 
     def _elements(self, stream: int, span: int, into: Bytes | None) -> tuple[Bytes, bool]:
         """The elements of a span, and whether they are in LMDB's map: uncompressed ones are."""
         record = self._snapshot.stream(stream)
         if into is not None and into.size == record.raw_size(span):
-            return self._chunk(stream, span, "base", into), False
+            return self._chunk(stream, span, "base", lambda name, size: into), False
         room: list[Bytes] = []
 
         def take(size: int) -> Bytes:
@@ -233,19 +274,18 @@ class Decoder:
 
         return self._snapshot.view_chunk(record, span, room=take), not room
 
-    def _vector_chunk(self, arena: int, span: int) -> torch.Tensor:
+    def _vector_chunk(self, arena: int, span: int, take: Take | None) -> tuple[Bytes, str]:
         record = self._vector
         stream = record.streams[arena] if record and arena < len(record.streams) else 0
         if record is None or not stream:
             raise CorruptStoreError(
                 f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
             )
-        raw = self._chunk(stream, span, "vector")
-        return torch.from_numpy(raw).view(torch_dtype(record.dtype))
+        return self._chunk(stream, span, "vector", take), record.dtype
 
     # -- weights --------------------------------------------------------------------------
 
-    def decode(self, data: _Span, key: _SPAN_KEY, runs: Sequence[tuple[Run, Bytes]]) -> None:
+    def decode(self, data: Span, key: SpanKey, runs: Sequence[tuple[Run, Bytes]]) -> None:
         """Fill memory with the bytes of runs of a loaded span.
 
         Parameters
@@ -267,7 +307,7 @@ class Decoder:
         self._decode_coded(data, data.code, dtype, coded)
 
     def _decode_coded(
-        self, data: _Span, code: ArenaCode, dtype: str, runs: Sequence[tuple[Run, Bytes]]
+        self, data: Span, code: ArenaCode, dtype: str, runs: Sequence[tuple[Run, Bytes]]
     ) -> None:
         width = itemsize(code.dtype)
         low, together = 0, None
@@ -288,14 +328,14 @@ class Decoder:
                 np.copyto(out, add_residual(out, zigzag, code.dtype))
 
     def _predict(
-        self, data: _Span, code: ArenaCode, dtype: str, low: int, high: int, out: Bytes
+        self, data: Span, code: ArenaCode, dtype: str, low: int, high: int, out: Bytes
     ) -> None:
         """Predict weights `low` to `high` of a span."""
         size = itemsize(dtype)
         planes = vector = None
         if data.planes is not None and data.vector is not None:
             planes = data.planes[low // 8 : (high + 7) // 8]
-            vector = data.vector[low:high]
+            vector = torch.from_numpy(data.vector).view(torch_dtype(data.vector_dtype))[low:high]
         base = data.base[low * size : high * size]
         _predict(base, dtype, planes, vector, out, code.dtype, self._scratch)
 

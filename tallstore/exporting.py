@@ -133,7 +133,7 @@ def _write_shards(
 def _raw(tensor: Any) -> Bytes:
     import torch
 
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     raw: Bytes = plain.reshape(-1).view(torch.uint8).numpy()
     return raw
 

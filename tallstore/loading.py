@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
 from tallstore.decoding import Decoder, Run
 from tallstore.describing import describe
+from tallstore.devices import on_device, wanted_device
 from tallstore.documents import BaseDocument, Contents, TaskDocument
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
@@ -26,6 +28,7 @@ from tallstore.errors import (
     UnknownTensorError,
 )
 from tallstore.objects import assemble, build_tensor
+from tallstore.ring import Ring
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
 from tallstore.workers import workers
 
@@ -54,6 +57,8 @@ class Loader:
         A task's name; None for the base.
     fidelity
         ``"exact"`` takes the residual in where there is one, ``"codes"`` leaves it out.
+    device
+        Where weights are reconstructed, and where `load` leaves them; None: the CPU.
 
     Raises
     ------
@@ -68,10 +73,12 @@ class Loader:
         *,
         task: str | None,
         fidelity: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if fidelity not in (None, "exact", "codes"):
             raise OptionError(f"fidelity={fidelity!r}: it is 'exact' or 'codes'")
         self.snapshot = snapshot
+        self.device = wanted_device(device)
         described = describe(snapshot, catalog, task=task)
         if fidelity == "exact" and task is not None and not catalog.tasks[task].exact:
             raise OptionError(
@@ -135,7 +142,7 @@ class Loader:
         put: Put | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        """Decode segments, a span at a time and several at once.
+        """Decode segments, a span at a time and several at once, to the host's memory.
 
         Parameters
         ----------
@@ -146,6 +153,10 @@ class Loader:
         put
             Takes the pieces of segments that have no target.
         """
+        if self.device.type != "cpu" and not targets:
+            ring = Ring(self.decoder, self.device)
+            ring.run(segments, targets={}, put=put, progress=progress)
+            return
         wanted = set(segments)
         decoder = self.decoder
         sizes = [itemsize(segment.dtype) for segment in self.contents.segments]
@@ -185,38 +196,55 @@ class Loader:
         self,
         *,
         names: Iterable[str] | None = None,
-        device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         progress: Progress = no_progress,
     ) -> Any:
         """The object as it was saved, or a dict of the tensors called `names`."""
         cast = _wanted_dtype(dtype)
-        place = _wanted_device(device)
         chosen = self.choose(names)
         specs = self.contents.tensors
         needed = sorted({specs[number].segment for number in chosen.values()})
-        memory = {n: _allocate(self.contents.segments[n]) for n in needed}
-        self.stream(
-            needed, targets={n: held.numpy() for n, held in memory.items()}, progress=progress
-        )
-        tensors: list[Any] = [None] * len(specs)
-        segments: dict[int, tuple[torch.Tensor, str]] = {}
         # Bytes of a numpy array, or two dtypes over one storage, are not weights to convert.
         raw = {s.segment for s in specs if s.dtype != self.contents.segments[s.segment].dtype}
+        kinds = {n: _kind(self.contents.segments[n], None if n in raw else cast) for n in needed}
+        if self.device.type == "cpu":
+            memory = {n: _allocate(self.contents.segments[n]) for n in needed}
+            self.stream(
+                needed, targets={n: held.numpy() for n, held in memory.items()}, progress=progress
+            )
+        else:
+            memory = self._load_on(self.device, kinds, progress)
+        tensors: list[Any] = [None] * len(specs)
+        segments: dict[int, torch.Tensor] = {}
         for number in sorted(set(chosen.values())):
             spec = specs[number]
+            kind = kinds[spec.segment]
             if spec.segment not in segments:
                 held = memory.pop(spec.segment)
-                kind = self.contents.segments[spec.segment].dtype
-                wanted = None if spec.segment in raw else cast
-                segments[spec.segment] = _moved(held, kind, wanted, place)
-            held, kind = segments[spec.segment]
+                stored = self.contents.segments[spec.segment].dtype
+                segments[spec.segment] = _converted(held, stored, kind)
+            held = segments[spec.segment]
             if kind != self.contents.segments[spec.segment].dtype and is_float(spec.dtype):
                 spec = replace(spec, dtype=kind)
             tensors[number] = build_tensor(spec, held)
         if names is not None:
             return {name: tensors[number] for name, number in chosen.items()}
         return assemble(self.contents.tree, tensors)
+
+    def _load_on(
+        self, device: torch.device, kinds: Mapping[int, str], progress: Progress
+    ) -> dict[int, torch.Tensor]:
+        """Segments on a device, as bytes of the dtypes asked for."""
+        segments = self.contents.segments
+        with on_device(device, f"loading {self.what}"):
+            typed = {
+                n: torch.empty(segments[n].numel, dtype=torch_dtype(kind), device=device)
+                if kind != segments[n].dtype
+                else torch.empty(segments[n].nbytes, dtype=torch.uint8, device=device)
+                for n, kind in kinds.items()
+            }
+            Ring(self.decoder, device).run(list(kinds), targets=typed, progress=progress)
+        return typed
 
     def load_into(
         self,
@@ -241,9 +269,8 @@ class Loader:
         chosen = self.choose(names)
         pairs = [(replace(specs[n], name=name), out.get(name)) for name, n in chosen.items()]
         _check_out(self.what, pairs, out, names is None)
-        targets: dict[int, Bytes] = {}
+        targets: dict[int, torch.Tensor] = {}
         later: list[tuple[TensorSpec, torch.Tensor]] = []
-        memory: dict[int, torch.Tensor] = {}
         for spec, tensor in pairs:
             if tensor is None:
                 continue
@@ -254,16 +281,28 @@ class Loader:
                 later.append((spec, tensor))
         for spec, _ in later:
             if spec.segment not in targets:
-                memory[spec.segment] = _allocate(self.contents.segments[spec.segment])
-                targets[spec.segment] = memory[spec.segment].numpy()
+                targets[spec.segment] = _allocate(self.contents.segments[spec.segment])
+        by_device: dict[torch.device, dict[int, torch.Tensor]] = defaultdict(dict)
+        for number, held in targets.items():
+            by_device[held.device][number] = held
+        # Made before anything is written: a device that cannot do it is refused with `out` whole.
+        rings = {d: Ring(self.decoder, d) for d in by_device if d.type != "cpu"}
         try:
-            self.stream(sorted(targets), targets=targets, progress=progress)
-        except CorruptStoreError as exc:
-            raise type(exc)(f"{exc} (the tensors given as out= are partly overwritten)") from exc
-        with torch.no_grad():
-            for spec, tensor in later:
-                held = torch.from_numpy(targets[spec.segment])
-                tensor.copy_(build_tensor(spec, held))
+            for device, some in by_device.items():
+                if device in rings:
+                    rings[device].run(sorted(some), targets=some, progress=progress)
+                else:
+                    arrays = {number: held.numpy() for number, held in some.items()}
+                    self.stream(sorted(some), targets=arrays, progress=progress)
+            with torch.no_grad():
+                for spec, tensor in later:
+                    with on_device(tensor.device, f"filling {spec.name!r}"):
+                        tensor.copy_(build_tensor(spec, targets[spec.segment]))
+        except (CorruptStoreError, DeviceError) as exc:
+            raise type(exc)(
+                f"{exc} (the tensors given as out= are partly overwritten: their content is "
+                "undefined)"
+            ) from exc
 
 
 def is_float(name: str) -> bool:
@@ -280,45 +319,29 @@ def _wanted_dtype(dtype: torch.dtype | str | None) -> str | None:
     return name
 
 
-def _wanted_device(device: torch.device | str | None) -> torch.device:
-    try:
-        place = torch.device("cpu" if device is None else device)
-    except RuntimeError as exc:
-        raise OptionError(f"device={device!r}: {exc}") from exc
-    if place.type not in ("cpu", "cuda"):
-        raise OptionError(f"device={device!r}: tensors load to 'cpu' or 'cuda'")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device={device!r}: no CUDA device can be used here; load with device='cpu'"
-        )
-    return place
-
-
 def _allocate(segment: SegmentSpec) -> torch.Tensor:
     memory = torch.empty(segment.nbytes, dtype=torch.uint8)
     prefer_huge_pages(memory.numpy())
     return memory
 
 
-def _moved(
-    held: torch.Tensor, kind: str, cast: str | None, place: torch.device
-) -> tuple[torch.Tensor, str]:
-    wanted = cast if cast is not None and is_float(kind) else kind
-    if place.type == "cpu" and wanted == kind:
-        return held, kind
-    try:
-        if wanted == kind:
-            return held.to(place), kind
-        typed = held.view(torch_dtype(kind)).to(place, torch_dtype(wanted))
-        return typed.view(torch.uint8), wanted
-    except RuntimeError as exc:  # out of memory is one of these
-        raise DeviceError(f"{place}: no room for {held.numel()} bytes: {exc}") from exc
+def _kind(segment: SegmentSpec, cast: str | None) -> str:
+    return cast if cast is not None and is_float(segment.dtype) else segment.dtype
+
+
+def _converted(held: torch.Tensor, stored: str, kind: str) -> torch.Tensor:
+    """The bytes of a segment in the dtype wanted; on a device they have it already."""
+    if held.dtype != torch.uint8:
+        return held.view(torch.uint8)
+    if kind == stored or held.device.type != "cpu":
+        return held
+    return held.view(torch_dtype(stored)).to(torch_dtype(kind)).view(torch.uint8)
 
 
 def _fits(spec: TensorSpec, segment: SegmentSpec, tensor: torch.Tensor) -> bool:
     """Whether a segment can be decoded straight into a tensor's memory."""
     return (
-        tensor.device.type == "cpu"
+        tensor.device.type in ("cpu", "cuda")
         and tensor.is_contiguous()
         and not tensor.is_conj()
         and not tensor.is_neg()
@@ -330,13 +353,12 @@ def _fits(spec: TensorSpec, segment: SegmentSpec, tensor: torch.Tensor) -> bool:
     )
 
 
-def _as_bytes(tensor: torch.Tensor) -> Bytes:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    raw = torch.empty(0, dtype=torch.uint8)
+    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     size = flat.element_size()
     raw.set_(flat.untyped_storage(), flat.storage_offset() * size, (flat.numel() * size,), (1,))
-    found: Bytes = raw.numpy()
-    return found
+    return raw
 
 
 def _check_out(

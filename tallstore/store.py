@@ -172,10 +172,16 @@ class TallStore:
             known = ", ".join(map(repr, self._catalog.tasks)) or "none"
             raise UnknownTaskError(f"{self.path}: no task {name!r}; there are: {known}") from None
 
-    def _loader(self, task: str | None, *, fidelity: str | None = None) -> Loader:
+    def _loader(
+        self,
+        task: str | None,
+        *,
+        fidelity: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Loader:
         from tallstore.loading import Loader
 
-        return Loader(self._held(), self._catalog, task=task, fidelity=fidelity)
+        return Loader(self._held(), self._catalog, task=task, fidelity=fidelity, device=device)
 
     # -- reading --------------------------------------------------------------------------
 
@@ -193,11 +199,11 @@ class TallStore:
         """The base, or a task; see `tallstore.load`."""
         from tallstore.progress import Meter
 
-        loader = self._loader(task, fidelity=fidelity)
+        loader = self._loader(task, fidelity=fidelity, device=device)
         total = sum(segment.nbytes for segment in loader.contents.segments)
         progress = Meter(report).stage("load", total)
         if out is None:
-            return loader.load(names=names, device=device, dtype=dtype, progress=progress)
+            return loader.load(names=names, dtype=dtype, progress=progress)
         if device is not None or dtype is not None:
             raise OptionError("out= has its own device and dtype; leave device= and dtype= away")
         loader.load_into(_named(out), names=names, progress=progress)
@@ -217,9 +223,12 @@ class TallStore:
         *,
         max_shard_size: int | None = None,
         overwrite: bool = False,
+        device: torch.device | str | None = None,
         report: Report | None = None,
     ) -> list[Path]:
         """Write a task (None: the base) to ``OUT.safetensors`` or a model directory.
+
+        Weights are reconstructed on `device`, on their way; None: on the CPU.
 
         Returns
         -------
@@ -229,7 +238,7 @@ class TallStore:
         from tallstore.exporting import DEFAULT_SHARD, export
         from tallstore.progress import Meter
 
-        loader = self._loader(task)
+        loader = self._loader(task, device=device)
         total = sum(segment.nbytes for segment in loader.contents.segments)
         return export(
             loader,

@@ -746,13 +746,22 @@ def test_devices_that_are_not_there(stored: Stored, monkeypatch: pytest.MonkeyPa
 def test_a_device_that_is_too_small(
     stored: Stored, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        assert kwargs["device"] == torch.device("cuda", 0)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    with refused(DeviceError, "no room for"):
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "mem_get_info": (7 << 20, 9 << 20),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch, "empty", empty)
+    with refused(DeviceError, "cuda:0: out of memory while loading", "7 of 9 MiB are free"):
         tallstore.load(stored.path, device="cuda", dtype=dtype)
+    with refused(DeviceError, "device='cuda:1': there are 1 CUDA devices"):
+        tallstore.load(stored.path, device="cuda:1")
 
 
 @pytest.mark.parametrize("fidelity", ["lossy", "", 1])

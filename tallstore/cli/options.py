@@ -12,6 +12,7 @@ from tallstore.errors import TallstoreError
 
 __all__ = [
     "complete_task",
+    "device_option",
     "examples",
     "json_option",
     "overwrite_option",
@@ -66,6 +67,13 @@ store_argument = click.argument("store", metavar="STORE", type=click.Path())
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document; sizes are exact bytes."
+)
+device_option = click.option(
+    "--device",
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    help="Where the arithmetic is done: cpu, cuda, cuda:1, ...; the result is the same.",
 )
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Show neither progress nor remarks."

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tallstore.cli.options import (
+    device_option,
     examples,
     json_option,
     overwrite_option,
@@ -53,6 +54,7 @@ __all__ = ["pack"]
 )
 @click.option("--exact", is_flag=True, help="Keep the residual: load the originals bit for bit.")
 @click.option("--compress", is_flag=True, help="Compress the base too: smaller, slower to load.")
+@device_option
 @overwrite_option
 @yes_option
 @timeout_option
@@ -67,6 +69,7 @@ def pack(
     vector_dtype: str,
     exact: bool,
     compress: bool,
+    device: str,
     overwrite: bool,
     yes: bool,
     timeout: float,
@@ -96,6 +99,7 @@ def pack(
             vector_dtype=vector_dtype,
             exact=exact,
             compress=compress,
+            device=device,
             overwrite=overwrite,
             timeout=timeout,
             report=progress.report,

@@ -9,6 +9,7 @@ import click
 
 from tallstore.cli.options import (
     complete_task,
+    device_option,
     examples,
     json_option,
     overwrite_option,
@@ -42,6 +43,7 @@ __all__ = ["unpack"]
     show_default=True,
     help="Bytes of weights a file, in a model directory.",
 )
+@device_option
 @overwrite_option
 @yes_option
 @json_option
@@ -53,6 +55,7 @@ def unpack(
     out: str | None,
     base: bool,
     max_shard_size: int,
+    device: str,
     overwrite: bool,
     yes: bool,
     as_json: bool,
@@ -77,6 +80,7 @@ def unpack(
             place,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            device=device,
             report=progress.report,
         )
     sizes = {str(path): path.stat().st_size for path in files}

@@ -7,6 +7,41 @@ the same bits.
 from __future__ import annotations
 
 from tallstore.ops.backend import Backend, choose_backend
+from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
+from tallstore.ops.residual import add_residual
+from tallstore.ops.sparse import (
+    DENSE_FROM,
+    AnySparseCode,
+    SeededCode,
+    SparseCode,
+    apply_sparse,
+    compress_planes,
+    density,
+    expand_sparse,
+    restore_sparse,
+    switch_sparse,
+)
 
-__all__ = ["TALL_LEVELS", "Backend", "choose_backend", "reconstruct"]
+__all__ = [
+    "DENSE_FROM",
+    "TALL_LEVELS",
+    "AnySparseCode",
+    "Backend",
+    "LevelSums",
+    "SeededCode",
+    "SparseCode",
+    "TallSums",
+    "add_residual",
+    "apply_sparse",
+    "choose_backend",
+    "compress_planes",
+    "density",
+    "encode_levels",
+    "encode_tall",
+    "expand_sparse",
+    "reconstruct",
+    "reduce_sums",
+    "restore_sparse",
+    "switch_sparse",
+]

@@ -7,8 +7,9 @@ from typing import Final
 import torch
 
 from tallstore.errors import MismatchError
+from tallstore.layout import BLOCK
 
-__all__ = ["check_plane", "check_planes", "check_weights"]
+__all__ = ["check_part", "check_planes", "check_rows", "check_table", "check_weights"]
 
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PLANES: Final = 4
@@ -57,18 +58,52 @@ def check_planes(planes: torch.Tensor | None, weights: int) -> int:
     return planes.shape[0]
 
 
-def check_plane(name: str, plane: torch.Tensor, weights: int) -> None:
-    """Refuse what is not one packed plane of `weights` weights.
+def check_table(levels: torch.Tensor, width: int) -> None:
+    """Refuse what is not rows of `width` levels.
 
     Raises
     ------
     MismatchError
     """
-    fits = plane.dtype == torch.uint8 and plane.dim() == 1 and plane.is_contiguous()
-    if not fits or plane.numel() != (weights + 7) // 8:
+    fits = levels.dim() == 2 and levels.dtype == torch.float32 and levels.is_contiguous()
+    if not fits or levels.shape[1] != width or not levels.shape[0]:
         raise MismatchError(
-            f"{name}: {plane.dtype}, shape {tuple(plane.shape)}; contiguous uint8, "
-            f"({(weights + 7) // 8},), is needed"
+            f"levels: {levels.dtype}, shape {tuple(levels.shape)}; contiguous float32, "
+            f"shape (rows, {width}), is needed"
+        )
+
+
+def check_rows(rows: torch.Tensor | None, count: int, weights: int) -> None:
+    """Refuse what is not a row, of `count`, for each block of `weights` weights.
+
+    On a GPU the values are the caller's duty: looking at them would make it wait.
+
+    Raises
+    ------
+    MismatchError
+    """
+    if rows is None:
+        return
+    blocks = -(-weights // BLOCK)
+    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.numel() < blocks:
+        raise MismatchError(
+            f"rows: {rows.dtype}, shape {tuple(rows.shape)}; int32, at least ({blocks},), is needed"
+        )
+    here = rows.device.type == "cpu" and rows.numel()
+    if here and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise MismatchError(f"rows: a row outside the {count} of the levels")
+
+
+def check_part(start: int, stop: int, weights: int) -> None:
+    """Refuse a part of `weights` weights that does not start at a block.
+
+    Raises
+    ------
+    MismatchError
+    """
+    if start % BLOCK or not 0 <= start <= stop <= weights:
+        raise MismatchError(
+            f"weights {start} to {stop} of {weights}: a part starts at a multiple of {BLOCK}"
         )
 
 

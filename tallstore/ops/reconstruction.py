@@ -11,7 +11,7 @@ from tallstore.errors import MismatchError
 from tallstore.layout import BLOCK
 from tallstore.ops import cpu
 from tallstore.ops.backend import choose_backend, same_device
-from tallstore.ops.checks import check_planes, check_weights
+from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.scratch import Scratch
 
 __all__ = ["TALL_LEVELS", "reconstruct"]
@@ -69,7 +69,7 @@ def reconstruct(
     count = check_planes(planes, base.numel())
     check_weights(base.numel(), base=base, vector=vector, out=out)
     table = _table(levels, 1 << count)
-    _check_rows(rows, table.shape[0], base.numel())
+    check_rows(rows, table.shape[0], base.numel())
     chosen = choose_backend(device, backend)
     if chosen == "triton":
         from tallstore.kernels.reconstruct import reconstruct as launch
@@ -91,33 +91,11 @@ def reconstruct(
 
 def _table(levels: Sequence[float] | torch.Tensor, width: int) -> torch.Tensor:
     if isinstance(levels, torch.Tensor):
-        fits = levels.dim() == 2 and levels.dtype == torch.float32 and levels.is_contiguous()
-        if not fits or levels.shape[1] != width or not levels.shape[0]:
-            raise MismatchError(
-                f"levels: {levels.dtype}, shape {tuple(levels.shape)}; contiguous float32, "
-                f"shape (rows, {width}), is needed"
-            )
+        check_table(levels, width)
         return levels
     if len(levels) != width:
         raise MismatchError(f"{len(levels)} levels for codes of {width} values")
     return torch.tensor([tuple(levels)], dtype=torch.float32)
-
-
-def _check_rows(rows: torch.Tensor | None, count: int, weights: int) -> None:
-    if rows is None:
-        return
-    blocks = -(-weights // BLOCK)
-    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.numel() < blocks:
-        raise MismatchError(
-            f"rows: {rows.dtype}, shape {tuple(rows.shape)}; int32, at least ({blocks},), is needed"
-        )
-    # On a GPU a look at the values would make the caller wait; there they are the caller's duty.
-    if (
-        rows.device.type == "cpu"
-        and weights
-        and not 0 <= int(rows.min()) <= int(rows.max()) < count
-    ):
-        raise MismatchError(f"rows: a row outside the {count} of the levels")
 
 
 def _runs(rows: torch.Tensor | None, weights: int) -> Iterator[tuple[slice, int]]:

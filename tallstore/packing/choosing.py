@@ -21,7 +21,7 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.objects import assemble, build_tensor
 from tallstore.packing.gathering import Candidate
-from tallstore.packing.tasks import tall_span
+from tallstore.packing.masks import SpanMasks
 from tallstore.workers import Workers
 
 __all__ = ["DEFAULT_TALL_LAMBDA", "Evaluate", "check_lambdas", "choose_lambda"]
@@ -63,6 +63,7 @@ def choose_lambda(
     lambdas: Sequence[float],
     evaluate: Evaluate,
     *,
+    masks: SpanMasks,
     workers: Workers,
 ) -> tuple[float, float]:
     """The lambda whose reconstruction scores best, ties to the smallest; and its score.
@@ -77,7 +78,7 @@ def choose_lambda(
     """
     best: tuple[float, float] | None = None
     for value in lambdas:
-        state = _reconstruct(snapshot, base, vector, candidate, value, workers)
+        state = _reconstruct(snapshot, base, vector, candidate, value, masks, workers)
         score = _score(evaluate, candidate.name, state, value)
         if best is None or score > best[1]:
             best = (value, score)
@@ -106,6 +107,7 @@ def _reconstruct(
     vector: VectorRecord,
     candidate: Candidate,
     tall_lambda: float,
+    masks: SpanMasks,
     workers: Workers,
 ) -> Any:
     """The task as masks of one lambda would give it back, in memory."""
@@ -131,7 +133,7 @@ def _reconstruct(
         base_bytes, vector_bytes = decoder.base_and_vector(arena, span)
         if vector_bytes is None:
             return
-        planes, found, _ = tall_span(
+        planes, found, _ = masks(
             candidate, arena, place, base_bytes, vector_bytes, vector.dtype, tall_lambda
         )
         with lock:

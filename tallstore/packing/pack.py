@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
+from tallstore.devices import wanted_device
 from tallstore.documents import BaseDocument
 from tallstore.dtypes import CODABLE
 from tallstore.engine.manifest import Manifest
@@ -25,12 +27,16 @@ from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
 from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
+from tallstore.packing.masks import SpanMasks, masks_on
 from tallstore.packing.tasks import Target, encode_tasks
 from tallstore.packing.vector import survey, write_vector
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
 from tallstore.workers import Workers, workers
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["now", "pack_zoo"]
 
@@ -80,6 +86,7 @@ def pack_zoo(
     vector_dtype: str = "bfloat16",
     exact: bool = False,
     compress: bool = False,
+    device: torch.device | str | None = None,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
@@ -97,6 +104,7 @@ def pack_zoo(
         raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(sorted(CODABLE))}")
     rule = merge_rule(merge)
     lambdas = check_lambdas(tall_lambda, evaluate=evaluate is not None)
+    masks = masks_on(wanted_device(device))
     candidates = _candidates(base, tasks)
     with WriterLock(path, timeout=timeout):
         if path.exists() and not overwrite:
@@ -106,7 +114,7 @@ def pack_zoo(
             with workers() as pool:
                 packing = _Packing(new, base, candidates, pool, Meter(report))
                 packing.base_and_vector(rule, vector_dtype, policy(compress))
-                packing.tasks(lambdas, evaluate, exact=exact)
+                packing.tasks(lambdas, evaluate, masks, exact=exact)
             new.publish(timeout=timeout)
         finally:
             new.discard()
@@ -177,7 +185,14 @@ class _Packing:
             )
         self._done = record, document, vector
 
-    def tasks(self, lambdas: Sequence[float], evaluate: Evaluate | None, *, exact: bool) -> None:
+    def tasks(
+        self,
+        lambdas: Sequence[float],
+        evaluate: Evaluate | None,
+        masks: SpanMasks,
+        *,
+        exact: bool,
+    ) -> None:
         """Choose lambdas and write the tasks."""
         if self._done is None:
             raise RuntimeError("base_and_vector comes first")
@@ -187,7 +202,7 @@ class _Packing:
         snapshot = Snapshot(environment)
         try:
             targets = [
-                self._target(snapshot, document, vector, candidate, lambdas, evaluate, exact)
+                self._target(snapshot, document, vector, candidate, lambdas, evaluate, masks, exact)
                 for candidate in self._candidates
             ]
             with WriteSession(environment, self._manifest) as session:
@@ -201,6 +216,7 @@ class _Packing:
                     known_files=known_files(snapshot, document),
                     created=self._created,
                     compress=True,
+                    masks=masks,
                     workers=self._pool,
                     progress=self._meter.stage("masks", self._weights),
                 )
@@ -219,12 +235,20 @@ class _Packing:
         candidate: Candidate,
         lambdas: Sequence[float],
         evaluate: Evaluate | None,
+        masks: SpanMasks,
         exact: bool,
     ) -> Target:
         value, score = lambdas[0], None
         if evaluate is not None:
             value, score = choose_lambda(
-                snapshot, document, vector, candidate, lambdas, evaluate, workers=self._pool
+                snapshot,
+                document,
+                vector,
+                candidate,
+                lambdas,
+                evaluate,
+                masks=masks,
+                workers=self._pool,
             )
         if score is not None and not math.isfinite(score):
             score = None  # the best of them was hopeless; a record holds numbers

@@ -11,7 +11,7 @@ import numpy as np
 
 from tallstore.catalog import TaskRecord, VectorRecord
 from tallstore.codecs import Bytes
-from tallstore.coding import CodeStats, encode_tall, residual, to_float32
+from tallstore.coding import CodeStats, residual
 from tallstore.decoding import Decoder
 from tallstore.documents import (
     BASE,
@@ -30,13 +30,13 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import Layout, lay_out
 from tallstore.matching import OwnSlice
 from tallstore.packing.encodings import BITS, policy, residuals
-from tallstore.packing.gathering import Candidate, Held
-from tallstore.packing.vector import block_weights, blocks
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.masks import SpanMasks, same_bytes, tall_span
 from tallstore.packing.writing import Progress, write_arenas, write_blob, write_contents
 from tallstore.specs import SegmentSpec
 from tallstore.workers import Workers
 
-__all__ = ["Target", "encode_tasks", "tall_span"]
+__all__ = ["Target", "encode_tasks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,65 +78,6 @@ class _Coding:
             self.stats[segment].add(stats)
 
 
-def tall_span(
-    candidate: Candidate,
-    arena: int,
-    place: int,
-    base: Bytes,
-    vector: Bytes,
-    vector_dtype: str,
-    tall_lambda: float,
-) -> tuple[Bytes, list[tuple[int, CodeStats]], Bytes]:
-    """The masks of consecutive weights of an arena.
-
-    Parameters
-    ----------
-    place
-        First weight, in the arena.
-    base, vector
-        Their bytes.
-
-    Returns
-    -------
-    planes
-        Packed bits.
-    stats
-        For each of the base's segments touched.
-    raw
-        The checkpoint's own bytes.
-    """
-    base_dtype = candidate.layout.arenas[arena].dtype
-    dtype = candidate.plan.dtypes[arena]
-    width, vector_width, own_width = (itemsize(d) for d in (base_dtype, vector_dtype, dtype))
-    count = base.size // width
-    planes = np.zeros((count + 7) // 8, np.uint8)
-    raws, stats = [], []
-    for start, stop in blocks(count, block_weights(1)):
-        base_piece = base[start * width : stop * width]
-        base32 = to_float32(base_piece, base_dtype)
-        vector32 = to_float32(vector[start * vector_width : stop * vector_width], vector_dtype)
-        raw, held = candidate.gather(arena, place + start, base_piece)
-        own32 = to_float32(raw, dtype)
-        with np.errstate(invalid="ignore", over="ignore"):
-            merged = base32 + vector32
-            for item in held:
-                low, high = item.start, item.stop
-                packed, sums = encode_tall(
-                    base32[low:high], merged[low:high], own32[low:high], tall_lambda=tall_lambda
-                )
-                sums.same = dtype == base_dtype and _same(raw, base_piece, item, own_width)
-                first = (start + low) // 8
-                planes[first : first + packed.size] = packed
-                stats.append((item.base_segment, sums))
-        raws.append(raw)
-    return planes, stats, raws[0] if len(raws) == 1 else np.concatenate(raws)
-
-
-def _same(raw: Bytes, base: Bytes, item: Held, width: int) -> bool:
-    low, high = item.start * width, item.stop * width
-    return bool(np.array_equal(raw[low:high], base[low:high]))
-
-
 def _encode_span(
     coding: _Coding,
     arena: int,
@@ -145,13 +86,14 @@ def _encode_span(
     vector: Bytes | None,
     vector_record: VectorRecord | None,
     decoder: Decoder,
+    masks: SpanMasks,
 ) -> None:
     target, layout = coding.target, coding.layout
     place = span * layout.arenas[arena].span
     base_dtype, dtype = layout.arenas[arena].dtype, coding.dtype(arena)
     planes = None
     if arena in coding.planes and vector is not None and vector_record and target.tall_lambda:
-        planes, stats, raw = tall_span(
+        planes, stats, raw = masks(
             target.candidate, arena, place, base, vector, vector_record.dtype, target.tall_lambda
         )
         coding.planes[arena].put(span, planes, encoding=BITS)
@@ -161,7 +103,7 @@ def _encode_span(
         raw, held = target.candidate.gather(arena, place, base)
         width = itemsize(dtype)
         for item in held:
-            same = dtype == base_dtype and _same(raw, base, item, width)
+            same = dtype == base_dtype and same_bytes(raw, base, item, width)
             coding.count(item.base_segment, CodeStats(item.stop - item.start, same=same))
     if arena in coding.exact:
         predicted = decoder.predict(arena, base, vector, planes, dtype)
@@ -180,6 +122,7 @@ def encode_tasks(
     known_files: Sequence[tuple[StoredFile, bytes]],
     created: str,
     compress: bool,
+    masks: SpanMasks = tall_span,
     workers: Workers,
     progress: Progress,
 ) -> dict[str, TaskRecord]:
@@ -195,6 +138,8 @@ def encode_tasks(
         Files already stored, with their digests.
     compress
         Whether elements kept as they are are worth compressing.
+    masks
+        What makes the masks of a span.
 
     Returns
     -------
@@ -217,7 +162,7 @@ def encode_tasks(
         base_bytes, vector_bytes = decoder.base_and_vector(arena, span)
         for coding in codings:
             if arena in coding.target.candidate.arenas():
-                _encode_span(coding, arena, span, base_bytes, vector_bytes, vector, decoder)
+                _encode_span(coding, arena, span, base_bytes, vector_bytes, vector, decoder, masks)
                 progress(base_bytes.size)
 
     for _ in workers.each(encode, spans):

@@ -1,0 +1,92 @@
+"""Devices: which one is meant, what its failures are called, and memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from tallstore.errors import DeviceError, OptionError
+
+__all__ = ["Buffers", "new_queue", "on_device", "wanted_device"]
+
+#: Since torch 2.8.
+_Failure: Final = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+
+
+def wanted_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, with its number; None stands for the CPU.
+
+    Raises
+    ------
+    OptionError
+        It is neither ``"cpu"`` nor ``"cuda"``, ``"cuda:1"``, ...
+    DeviceError
+        It is not there.
+    """
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError as exc:
+        raise OptionError(f"device={device!r}: {exc}") from exc
+    if place.type not in ("cpu", "cuda"):
+        raise OptionError(f"device={device!r}: tensors load to 'cpu' or 'cuda'")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device={device!r}: no CUDA device can be used here; load with device='cpu'"
+        )
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        number = torch.cuda.current_device() if place.index is None else place.index
+        if number >= count:
+            raise DeviceError(f"device={device!r}: there are {count} CUDA devices, from 0 on")
+        place = torch.device("cuda", number)
+    return place
+
+
+def new_queue(device: torch.device) -> Any:
+    """A stream of the device's; of the CPU one that does nothing."""
+    if device.type == "cuda":
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cpu.Stream()
+
+
+@contextmanager
+def on_device(device: torch.device, doing: str) -> Iterator[None]:
+    """Turn a device's failures into errors that say what was being done.
+
+    Raises
+    ------
+    DeviceError
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        free, total = torch.cuda.mem_get_info(device)
+        raise DeviceError(
+            f"{device}: out of memory while {doing}; {free >> 20} of {total >> 20} MiB are free. "
+            "Free some, load fewer tensors (names=), or load with device='cpu'"
+        ) from exc
+    except _Failure as exc:
+        raise DeviceError(f"{device}: failed while {doing}: {exc}") from exc
+
+
+class Buffers:
+    """Memory by name, grown when more is asked for, used again and again."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor]) -> None:
+        self._make = make
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, size: int) -> torch.Tensor:
+        """`size` bytes of the buffer called `name`, content undefined."""
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            self._held.pop(name, None)
+            held = self._held[name] = self._make(size)
+        return held[:size]
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.numel() for held in self._held.values())

@@ -1,0 +1,233 @@
+"""Codes that touch few weights: applied to, and taken back from, the weights they touch.
+
+Two forms: `SparseCode` has positions, `SeededCode` hashes them. Level 0, of what is not touched,
+is -0.0, so that the untouched weights keep every bit (x + -0.0 is x); what comes out is a full
+reconstruction, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from tallstore.errors import MismatchError, OptionError
+from tallstore.kernels import seeded_reference, sparse_reference
+from tallstore.kernels.seeded_reference import SeededCode
+from tallstore.kernels.sparse_reference import SparseCode, compress
+from tallstore.ops.backend import choose_backend, same_device
+from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
+from tallstore.ops.reconstruction import reconstruct
+
+__all__ = [
+    "DENSE_FROM",
+    "AnySparseCode",
+    "SeededCode",
+    "SparseCode",
+    "apply_sparse",
+    "compress_planes",
+    "density",
+    "expand_sparse",
+    "restore_sparse",
+    "switch_sparse",
+]
+
+AnySparseCode = SparseCode | SeededCode
+
+#: Share of the weights that a switch touches, old and new together, from which one pass over all
+#: of them is faster. By the sectors of 32 bytes that random weights lie in, a switch in bfloat16
+#: moves as much as a dense pass without a vector at about 0.06; `bench.gpu.kernels sparse`
+#: measures it.
+DENSE_FROM: Final = 0.06
+
+
+def compress_planes(
+    planes: torch.Tensor,
+    weights: int,
+    levels: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+) -> SparseCode:
+    """The compact form of packed planes, 16 bits a touched weight.
+
+    Parameters
+    ----------
+    planes
+        uint8, shape (K, at least ceil(weights / 8)), K = 1..4, LSB-first.
+    weights
+        Weights of the arena.
+    levels
+        float32, shape (R, 2**K), on the planes' device; the first of each row is -0.0.
+    rows
+        int32, shape (at least ceil(weights / 1024),): the row of each block; None: row 0.
+
+    Raises
+    ------
+    MismatchError, OptionError
+    """
+    same_device(planes=planes, levels=levels, rows=rows)
+    count = check_planes(planes, weights)
+    check_table(levels, 1 << count)
+    check_rows(rows, levels.shape[0], weights)
+    first = levels[:, 0]
+    if not bool((first == 0).all() and first.signbit().all()):
+        raise OptionError(
+            f"levels: the level of code 0 is {first.tolist()[:4]}; -0.0 is needed, which leaves a "
+            "weight as it is"
+        )
+    return compress(planes, weights, table=levels, rows=rows)
+
+
+def density(code: AnySparseCode) -> float:
+    """Fraction of the arena's weights that a code touches, padding included."""
+    if isinstance(code, SparseCode):
+        touched = code.entries.numel()
+    else:
+        touched = sum(tensor.groups for tensor in code.tensors)
+    return touched / code.weights if code.weights else 0.0
+
+
+def apply_sparse(
+    code: AnySparseCode, base: torch.Tensor, out: torch.Tensor, *, backend: str | None = None
+) -> None:
+    """Make the touched weights of `out` base + level; no other is read or written.
+
+    A float32 sum, rounded once to the dtype of `out`.
+
+    Parameters
+    ----------
+    code
+        Of an arena of n weights.
+    base
+        Shape (n,), float32, bfloat16 or float16.
+    out
+        Shape (n,), any of the three dtypes; may be `base` itself.
+    backend
+        See `choose_backend`; the CPU has the reference alone.
+
+    Raises
+    ------
+    MismatchError
+        Shapes, dtypes or devices clash; nothing was written.
+    DeviceError
+        The backend cannot run there.
+    """
+    _kernels(code, base, out, backend).apply(code, base, out)
+
+
+def restore_sparse(
+    code: AnySparseCode, base: torch.Tensor, out: torch.Tensor, *, backend: str | None = None
+) -> None:
+    """Make the touched weights of `out` the base again, rounded; see `apply_sparse`."""
+    _kernels(code, base, out, backend).restore(code, base, out)
+
+
+def switch_sparse(
+    old: AnySparseCode,
+    new: AnySparseCode,
+    base: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    backend: str | None = None,
+    dense_from: float = DENSE_FROM,
+) -> None:
+    """From one code to another in place, touching only the weights that either does.
+
+    Where they touch many, one pass over all weights is faster, and is made instead.
+
+    Parameters
+    ----------
+    old, new
+        Codes of one arena; `out` holds `old` applied over `base`.
+    base, out
+        As for `apply_sparse`, but two.
+    dense_from
+        Share of the weights touched, old and new together, from which a full pass is made.
+
+    Raises
+    ------
+    MismatchError, DeviceError
+        As `apply_sparse` does.
+    """
+    kernels = _kernels(new, base, out, backend)
+    before = _kernels(old, base, out, backend)
+    if out.numel() and out.data_ptr() == base.data_ptr():
+        raise MismatchError("out: it is the base itself, which a switch restores from")
+    planes = _planes_of(new) if density(old) + density(new) >= dense_from else None
+    if planes is not None:
+        table, rows = _levels(new)
+        full = expand_sparse(new, backend=backend)
+        reconstruct(base, full, None, table, out, rows=rows, backend=backend)
+    elif kernels is before:
+        kernels.switch(old, new, base, out)
+    else:
+        before.restore(old, base, out)
+        kernels.apply(new, base, out)
+
+
+def expand_sparse(code: AnySparseCode, *, backend: str | None = None) -> torch.Tensor:
+    """The packed planes of a code.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, shape (K, whole words of 32 weights), LSB-first. Of a `SeededCode` of B bits, K is
+        B + 1: code 0 where nothing is touched, 1 + the value's code elsewhere.
+
+    Raises
+    ------
+    OptionError
+        Seeded values of 4 bits: their 17 codes have no planes.
+    DeviceError
+        The backend cannot run there.
+    """
+    count = _planes_of(code)
+    if count is None:
+        raise OptionError(
+            f"values of {code.bits} bits and none make {(1 << code.bits) + 1} codes; 4 planes "
+            "hold 16"
+        )
+    device = code.table.device
+    if choose_backend(device, backend) != "triton":
+        found: torch.Tensor = _reference(code).expand(code)
+        return found
+    size = sparse_reference.plane_bytes(code.weights)
+    planes = torch.empty((count, size), dtype=torch.uint8, device=device)
+    _triton(code).expand(code, planes)
+    return planes
+
+
+def _planes_of(code: AnySparseCode) -> int | None:
+    if isinstance(code, SparseCode):
+        return code.bits
+    return code.bits + 1 if code.bits < 4 else None
+
+
+def _levels(code: AnySparseCode) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(code, SparseCode):
+        return code.table, code.rows
+    return seeded_reference.expanded_levels(code)
+
+
+def _reference(code: AnySparseCode) -> ModuleType:
+    return sparse_reference if isinstance(code, SparseCode) else seeded_reference
+
+
+def _triton(code: AnySparseCode) -> ModuleType:
+    from tallstore.kernels import seeded, sparse
+
+    return sparse if isinstance(code, SparseCode) else seeded
+
+
+def _kernels(
+    code: AnySparseCode, base: torch.Tensor, out: torch.Tensor, backend: str | None
+) -> Any:
+    """The module that works on tensors of that device, after they were checked."""
+    device = same_device(base=base, out=out, code=code.table)
+    check_weights(code.weights, base=base, out=out)
+    pick: Callable[[AnySparseCode], ModuleType] = (
+        _triton if choose_backend(device, backend) == "triton" else _reference
+    )
+    return pick(code)

@@ -1,0 +1,292 @@
+"""The stream from chunks to a device: a bounded ring of pinned buffers, three things at once.
+
+Threads read, check and decode chunks into pinned memory; one queue of the device copies them over;
+another reconstructs. Each buffer is used again, so the room taken depends on chunks and threads,
+never on the model:
+
+- on the host, ``2 * threads + 2`` slots, each with the chunks of one span: at most the base, the
+  shared vector, the planes and the residual of 2**20 weights;
+- on the device, `ROOMS` of the same, and of a reconstruction where it cannot go to its place at
+  once (a cast, or `put`).
+
+On CPU tensors the same code runs with queues that do nothing: so it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from tallstore.codecs import Bytes
+from tallstore.decoding import Decoder, Run, Span, SpanKey
+from tallstore.devices import Buffers, new_queue, on_device
+from tallstore.dtypes import is_codable, torch_dtype
+from tallstore.errors import CorruptStoreError
+from tallstore.ops import TALL_LEVELS, add_residual, choose_backend, reconstruct
+from tallstore.workers import cores, workers
+
+__all__ = ["ROOMS", "Ring"]
+
+#: Spans on the device at a time: one copied, one reconstructed, and one each in between.
+ROOMS: Final = 4
+_THREADS: Final = 8
+
+
+class _Slot:
+    """A span's chunks in host memory, on their way to the device."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.buffers = Buffers(ring.host_memory)
+        self.copied: Any = None
+
+    def take(self, name: str, size: int) -> Bytes:
+        array: Bytes = self.buffers.take(name, size).numpy()
+        return array
+
+    def wait(self) -> None:
+        """Until the device has what was in it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+
+
+class _Room:
+    """A span's chunks on the device, and results on their way back."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.buffers = Buffers(ring.device_memory)
+        self.back = Buffers(ring.host_memory)
+        self.done: Any = None
+        self.deliveries: list[Callable[[], None]] = []
+
+    def deliver(self) -> None:
+        """Hand out what came back, before its memory is used again."""
+        deliveries, self.deliveries = self.deliveries, []
+        if deliveries:
+            self.done.synchronize()
+        for deliver in deliveries:
+            deliver()
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A span that a thread has read."""
+
+    slot: _Slot
+    span: Span
+    runs: list[Run]
+
+
+class Ring:
+    """Decodes spans of one object onto a device.
+
+    Parameters
+    ----------
+    decoder
+        Of the object.
+    device
+        Where the targets are.
+    backend
+        Of the reconstruction; see `tallstore.ops.choose_backend`.
+
+    Raises
+    ------
+    DeviceError
+        The object has codes, and the backend cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        device: torch.device,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._device = device
+        self._backend = choose_backend(device, backend) if decoder.has_codes else None
+        self._threads = threads or min(cores(), _THREADS)
+        self._module = torch.get_device_module(device)
+        self._levels = torch.tensor([TALL_LEVELS], dtype=torch.float32, device=device)
+        self._copying, self._computing = new_queue(device), new_queue(device)
+        self._slots = [_Slot(self) for _ in range(2 * self._threads + 2)]
+        self._rooms = [_Room(self) for _ in range(ROOMS)]
+
+    def _current(self) -> Any:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def host_memory(self, size: int) -> torch.Tensor:
+        """Pinned, where there is a device to pin it for."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def device_memory(self, size: int) -> torch.Tensor:
+        """Bytes on the device."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def nbytes(self) -> tuple[int, int]:
+        """(bytes held on the host, bytes held on the device)."""
+        rooms = [(room.back.nbytes(), room.buffers.nbytes()) for room in self._rooms]
+        host = sum(slot.buffers.nbytes() for slot in self._slots) + sum(back for back, _ in rooms)
+        return host, sum(held for _, held in rooms)
+
+    def run(
+        self,
+        segments: Sequence[int],
+        *,
+        targets: Mapping[int, torch.Tensor],
+        put: Callable[[int, int, Bytes], None] | None = None,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Decode segments; everything is there when this returns.
+
+        Parameters
+        ----------
+        segments
+            Which.
+        targets
+            For a segment, a flat tensor on the device: of the segment's dtype, of another floating
+            dtype (then it is cast), or its bytes.
+        put
+            Takes the pieces of segments that have no target: segment, first element, bytes.
+        progress
+            Called with the bytes dealt with.
+        """
+        wanted = set(segments)
+        spans = self._decoder.spans(segments)
+
+        def read(item: tuple[int, SpanKey]) -> _Loaded:
+            number, key = item
+            slot = self._slots[number % len(self._slots)]
+            slot.wait()
+            runs = [run for run in self._decoder.runs(key) if run.segment in wanted]
+            return self._read(slot, key, runs)
+
+        with self._current(), on_device(self._device, "loading"):
+            now = self._module.current_stream()
+            self._copying.wait_stream(now)
+            self._computing.wait_stream(now)
+            try:
+                with workers(min(self._threads, max(len(spans), 1))) as pool:
+                    for number, loaded in enumerate(pool.each(read, enumerate(spans))):
+                        room = self._rooms[number % ROOMS]
+                        room.deliver()
+                        progress(self._place(loaded, room, targets, put))
+                for number in range(len(spans), len(spans) + ROOMS):
+                    self._rooms[number % ROOMS].deliver()
+            finally:
+                # Whatever happens, nothing may still be on its way to memory that is given back.
+                for queue in (self._copying, self._computing):
+                    self._event(queue).synchronize()
+
+    def _event(self, queue: Any) -> Any:
+        event = self._module.Event()
+        event.record(queue)
+        return event
+
+    def _read(self, slot: _Slot, key: SpanKey, runs: list[Run]) -> _Loaded:
+        """On a thread: read and check the chunks of a span into a slot."""
+        span = self._decoder.load(key, coded=any(run.coded for run in runs), take=slot.take)
+        return _Loaded(slot, span, runs)
+
+    def _place(
+        self,
+        loaded: _Loaded,
+        room: _Room,
+        targets: Mapping[int, torch.Tensor],
+        put: Callable[[int, int, Bytes], None] | None,
+    ) -> int:
+        """Start the copies and the arithmetic of a span; returns the bytes it makes."""
+        staged = {}
+        with self._module.stream(self._copying):
+            if room.done is not None:
+                self._copying.wait_event(room.done)
+            for name, data in loaded.span.chunks():
+                host = loaded.slot.buffers.take(name, data.size)
+                staged[name] = room.buffers.take(name, data.size)
+                staged[name].copy_(host, non_blocking=True)
+            loaded.slot.copied = copied = self._event(self._copying)
+        made = 0
+        with self._module.stream(self._computing):
+            self._computing.wait_event(copied)
+            for number, run in enumerate(loaded.runs):
+                made += self._finish(number, run, loaded, staged, room, targets, put)
+            room.done = self._event(self._computing)
+        return made
+
+    def _finish(
+        self,
+        number: int,
+        run: Run,
+        loaded: _Loaded,
+        staged: Mapping[str, torch.Tensor],
+        room: _Room,
+        targets: Mapping[int, torch.Tensor],
+        put: Callable[[int, int, Bytes], None] | None,
+    ) -> int:
+        """Bring a run to its place, from the span's chunks on the device."""
+        width = self._decoder.width(run)
+        kind = self._decoder.segments[run.segment].dtype
+        target = targets.get(run.segment)
+        place = None if target is None else target[run.start : run.start + run.count]
+        if target is not None and target.dtype == torch.uint8 and width != 1:
+            place = target[run.start * width : (run.start + run.count) * width]
+        elif place is not None and place.dtype == torch_dtype(kind):
+            place = place.view(torch.uint8)
+        into = place if place is not None and place.dtype == torch.uint8 else None
+        if into is None:
+            into = room.buffers.take(f"out {number}", run.count * width)
+        if not run.coded:
+            into.copy_(staged["base"][run.within * width : (run.within + run.count) * width])
+        else:
+            self._reconstruct(run, loaded.span, staged, kind, into)
+        if place is None:
+            if put is not None:
+                room.deliveries.append(self._send_back(number, run, room, into, put))
+        elif place is not into:
+            place.copy_(into.view(torch_dtype(kind)))
+        return run.count * width
+
+    def _reconstruct(
+        self,
+        run: Run,
+        span: Span,
+        staged: Mapping[str, torch.Tensor],
+        kind: str,
+        into: torch.Tensor,
+    ) -> None:
+        if span.code is None:
+            raise CorruptStoreError("a coded part without a code")
+        low, high = run.within, run.within + run.count
+        base = staged["base"].view(torch_dtype(span.base_dtype))[low:high]
+        planes = vector = None
+        levels: Any = (1.0,)
+        if "planes" in staged:
+            planes = staged["planes"][low // 8 : (high + 7) // 8].unsqueeze(0)
+            vector = staged["vector"].view(torch_dtype(span.vector_dtype))[low:high]
+            levels = self._levels
+        out = into.view(torch_dtype(kind))
+        if is_codable(kind):
+            reconstruct(base, planes, vector, levels, out, backend=self._backend)
+        else:
+            out.copy_(base)  # integers that changed: their prediction is the base
+        if "residual" in staged:
+            width = out.element_size()
+            zigzag = staged["residual"][low * width : high * width]
+            add_residual(out, zigzag, out, backend=self._backend)
+
+    def _send_back(
+        self,
+        number: int,
+        run: Run,
+        room: _Room,
+        made: torch.Tensor,
+        put: Callable[[int, int, Bytes], None],
+    ) -> Callable[[], None]:
+        back = room.back.take(f"out {number}", made.numel())
+        back.copy_(made, non_blocking=True)
+        return lambda: put(run.segment, run.start, back.numpy())
