@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["context", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "numpy", "lmdb", "zstandard", "xxhash", "safetensors")
+_PACKAGES = ("torch", "triton", "numpy", "lmdb", "zstandard", "xxhash", "safetensors")
 
 
 def _processor() -> str:
@@ -46,11 +46,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _module() -> str:
+    path = Path(sys.argv[0]).resolve().relative_to(RESULTS.parent.parent).with_suffix("")
+    return ".".join(path.parts)
+
+
 def context() -> dict[str, Any]:
     """Where and on what a measurement was made. A "+" after the commit: with changes."""
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": _commit(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -59,9 +64,10 @@ def context() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows, with their context, to ``bench/results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, rows: list[dict[str, Any]], *, results: Path | None = None) -> Path:
+    """Write rows, with their context, to ``bench/results/NAME.json``, or elsewhere."""
+    folder = RESULTS if results is None else results
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"context": context(), "rows": rows}, indent=1) + "\n")
     return path

@@ -1,0 +1,1 @@
+"""What is measured on a GPU; ``bench/gpu.sh`` runs it all."""
