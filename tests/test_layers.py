@@ -29,9 +29,11 @@ LAYERS: list[set[str]] = [
     {"codecs"},
     {"engine"},
     {
+        "bitsliced",
         "catalog",
         "coding",
         "devices",
+        "counting",
         "documents",
         "matching",
         "merging",
