@@ -99,6 +99,7 @@ class Decoder:
         task: TaskDocument | None = None,
         vector: VectorRecord | None = None,
         exact: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._base = base
@@ -106,7 +107,8 @@ class Decoder:
         self._vector = vector
         self._exact = exact
         self._codes = {code.arena: code for code in task.codes} if task else {}
-        self._scratch: Final = Scratch()
+        # Decoders that a thread uses one after another, each done with before the next, can share.
+        self._scratch: Final = Scratch() if scratch is None else scratch
         self._links = self._link()
         self._check_streams()
         self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
@@ -282,6 +284,22 @@ class Decoder:
                 f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
             )
         return self._chunk(stream, span, "vector", take), record.dtype
+
+    def planes(self, arena: int, span: int, out: Bytes) -> bool:
+        """Fill `out` with the task's packed mask over a span of the base; False: it has none there.
+
+        Bits of weights that the task does not code, padding among them, mean nothing.
+
+        Parameters
+        ----------
+        out
+            uint8, a bit for each weight of the span.
+        """
+        code = self._codes.get(arena)
+        if code is None or code.planes is None:
+            return False
+        self._snapshot.read_chunk(self._snapshot.stream(code.planes), span, out)
+        return True
 
     # -- weights --------------------------------------------------------------------------
 

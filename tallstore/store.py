@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tallstore.describing import Description
     from tallstore.documents import SegmentStats
     from tallstore.loading import Loader
+    from tallstore.mask_statistics import MaskStatistics
     from tallstore.progress import Report
     from tallstore.specs import TensorSpec
     from tallstore.storesource import StoreSource
@@ -257,6 +258,33 @@ class TallStore:
         return verify_snapshot(
             self._held(), self._catalog, progress=Meter(report).stage("verify", total)
         )
+
+    def statistics(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        cosine: bool = False,
+        report: Report | None = None,
+    ) -> MaskStatistics:
+        """Count the masks: densities, how many tasks use a weight, overlaps of tasks.
+
+        Parameters
+        ----------
+        tasks
+            Which; all that have masks if None.
+        cosine
+            Decode the task vectors as well, for the cosines between them.
+        report
+            Told of progress.
+
+        Raises
+        ------
+        UnknownTaskError, OptionError
+            A task is not there, or has no masks; or no task has.
+        """
+        from tallstore.mask_statistics import study
+
+        return study(self._held(), self._catalog, tasks=tasks, cosine=cosine, report=report)
 
     # -- writing --------------------------------------------------------------------------
 
