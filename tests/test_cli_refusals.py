@@ -32,7 +32,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(printing, "interactive", lambda: True)
 
 
-@pytest.mark.parametrize("command", ["ls", "info", "verify", "compact"])
+@pytest.mark.parametrize("command", ["ls", "info", "stats", "verify", "compact"])
 def test_no_store(command: str, tmp_path: Path) -> None:
     assert "no such" in refused(command, tmp_path / "none.tall")
     (tmp_path / "text").write_text("hello " * 3000)

@@ -14,6 +14,7 @@ from tallstore.cli.ls import ls
 from tallstore.cli.options import examples
 from tallstore.cli.pack import pack
 from tallstore.cli.rm import rm
+from tallstore.cli.stats import stats
 from tallstore.cli.unpack import unpack
 from tallstore.cli.verify import verify
 from tallstore.version import __version__
@@ -48,5 +49,5 @@ def root() -> None:
     """
 
 
-for _command in (pack, add, ls, info, unpack, verify, rm, compact, demo, completion):
+for _command in (pack, add, ls, info, stats, unpack, verify, rm, compact, demo, completion):
     root.add_command(_command)
