@@ -158,7 +158,7 @@ def at_least(
 ) -> Plane:
     """The weights that at least `k` masks use, as a packed plane.
 
-    The mask of Consensus Merging (arXiv 2405.07813, equation 6).
+    The mask of Consensus Merging (arXiv 2405.07813, section 4).
 
     Parameters
     ----------

@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
         "specs",
         "strictjson",
         "version",
+        "wording",
     },
     {"codecs"},
     {"engine"},
@@ -58,7 +59,7 @@ LAYERS: list[set[str]] = [
         "storesource",
         "writing",
     },
-    {"api"},
+    {"api", "report"},
     {"cli", "demo", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -88,6 +89,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "xxhash": {"engine", "packing"},
     "zstandard": {"codecs"},
     "click": {"cli"},
+    "matplotlib": {"report"},
     "sklearn": {"demo"},
 }
 

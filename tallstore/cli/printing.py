@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from tallstore.errors import OptionError
+from tallstore.wording import number, percent, printable, ratio, size
 
 __all__ = [
     "Table",
@@ -30,17 +31,7 @@ __all__ = [
 ]
 
 _WIDTH: Final = 80
-_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _GAP: Final = 2
-
-
-def printable(text: str) -> str:
-    """`text` with every character escaped that a terminal would act on or not show."""
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def styled(text: str, **style: Any) -> str:
@@ -48,31 +39,6 @@ def styled(text: str, **style: Any) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return click.style(text, **style)
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units and three digits: ``"45.6 MB"`` is 45,600,000 bytes."""
-    unit = 0
-    while count >= 999.5 and unit < len(_UNITS) - 1:
-        count /= 1000
-        unit += 1
-    digits = 0 if unit == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
-    return f"{count:.{digits}f} {_UNITS[unit]}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number, or nothing where there is none."""
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def percent(part: float, whole: float) -> str:
-    """``"12 %"``."""
-    return f"{100 * part / whole if whole else 0:.0f} %"
-
-
-def ratio(before: float, after: float) -> str:
-    """``"1/4.8"``: what is left of `before`."""
-    return f"1/{before / after:.1f}" if after else "-"
 
 
 def _width(text: str) -> int:

@@ -13,6 +13,7 @@ from tallstore.cli.info import info
 from tallstore.cli.ls import ls
 from tallstore.cli.options import examples
 from tallstore.cli.pack import pack
+from tallstore.cli.report import report
 from tallstore.cli.rm import rm
 from tallstore.cli.stats import stats
 from tallstore.cli.unpack import unpack
@@ -49,5 +50,5 @@ def root() -> None:
     """
 
 
-for _command in (pack, add, ls, info, stats, unpack, verify, rm, compact, demo, completion):
+for _command in (pack, add, ls, info, stats, report, unpack, verify, rm, compact, demo, completion):
     root.add_command(_command)
