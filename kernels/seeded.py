@@ -64,11 +64,13 @@ def _support(index, owner, block, BLOCK: tl.constexpr):
 def _value(planes, plane_stride, block, inside, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Codes of a block of values."""
     lane = tl.arange(0, BLOCK)
-    byte_at = block * (BLOCK // 8) + lane // 8
+    at = planes + block * (BLOCK // 8) + lane // 8
     code = tl.zeros([BLOCK], tl.int32)
     for k in tl.static_range(BITS):
-        byte = tl.load(planes + k * plane_stride + byte_at, mask=inside, other=0).to(tl.int32)
+        byte = tl.load(at, mask=inside, other=0).to(tl.int32)
         code |= ((byte >> (lane % 8)) & 1) << k
+        # Added up, not multiplied: a stride that fits 32 bits comes as 32 bits.
+        at += plane_stride
     return code
 
 

@@ -25,7 +25,7 @@ from typing import Final
 import torch
 
 from . import reference
-from .sparse_reference import BLOCK, UNTOUCHED, plane_bytes
+from .sparse_reference import BLOCK, UNTOUCHED, pack
 
 __all__ = [
     "SeededCode",
@@ -214,8 +214,8 @@ def switch(old: SeededCode, new: SeededCode, base: torch.Tensor, out: torch.Tens
 def expand(code: SeededCode) -> torch.Tensor:
     """Planes over the weights: code 0 where untouched, 1 + the code of the value elsewhere.
 
-    uint8, shape (B + 1, `plane_bytes`), zeros past the last weight; for the levels of
-    `expanded_levels`.
+    uint8, shape (B + 1, bytes of `sparse_reference.plane_bytes`), zeros past the last weight;
+    for the levels of `expanded_levels`.
 
     Raises
     ------
@@ -225,12 +225,7 @@ def expand(code: SeededCode) -> torch.Tensor:
     if code.bits > 3:
         raise ValueError("seeded values of 4 bits have no planes: 16 levels and none need 5 of 4")
     at, _, value = _touched(code)
-    dense = torch.zeros(plane_bytes(code.weights) * 8, dtype=torch.int64, device=at.device)
-    dense[at] = value + 1
-    places = torch.arange(code.bits + 1, device=at.device).unsqueeze(1)
-    bits = (dense >> places & 1).unflatten(1, (-1, 8))
-    packed: torch.Tensor = (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
-    return packed
+    return pack(at, value + 1, code.bits + 1, code.weights)
 
 
 def expanded_levels(code: SeededCode) -> tuple[torch.Tensor, torch.Tensor]:

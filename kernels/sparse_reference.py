@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "compress",
     "expand",
+    "pack",
     "plane_bytes",
     "restore",
     "switch",
@@ -133,15 +134,21 @@ def _touched(code: SparseCode) -> tuple[torch.Tensor, torch.Tensor]:
     return first + word % GROUP, word >> 12
 
 
+def pack(at: torch.Tensor, codes: torch.Tensor, bits: int, weights: int) -> torch.Tensor:
+    """Planes of the codes of some weights, zeros elsewhere: uint8, shape (bits, `plane_bytes`)."""
+    dense = torch.zeros(plane_bytes(weights) * 8, dtype=torch.uint8, device=at.device)
+    dense[at] = codes.to(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=at.device)
+    planes = torch.empty(bits, plane_bytes(weights), dtype=torch.uint8, device=at.device)
+    for k in range(bits):
+        planes[k] = ((dense >> k & 1).unflatten(0, (-1, 8)) << shifts).sum(1, dtype=torch.uint8)
+    return planes
+
+
 def expand(code: SparseCode) -> torch.Tensor:
     """The packed planes: uint8, shape (bits, `plane_bytes`), zeros past the last weight."""
     at, codes = _touched(code)
-    dense = torch.zeros(plane_bytes(code.weights) * 8, dtype=torch.int64, device=at.device)
-    dense[at] = codes
-    places = torch.arange(code.bits, device=at.device).unsqueeze(1)
-    bits = (dense >> places & 1).unflatten(1, (-1, 8))
-    packed: torch.Tensor = (bits << torch.arange(8, device=at.device)).sum(2).to(torch.uint8)
-    return packed
+    return pack(at, codes, code.bits, code.weights)
 
 
 def apply(code: SparseCode, base: torch.Tensor, out: torch.Tensor) -> None:

@@ -27,4 +27,6 @@ def mark(words, word_stride, at, inside, code, PLANES: tl.constexpr):
     for k in tl.static_range(PLANES):
         # Neighbours share a word, and may belong to other threads or programs.
         there = inside & (((code >> k) & 1) != 0)
-        tl.atomic_or(word + k * word_stride, bit, mask=there, sem="relaxed")
+        tl.atomic_or(word, bit, mask=there, sem="relaxed")
+        # Added up, not multiplied: a stride that fits 32 bits comes as 32 bits.
+        word += word_stride

@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from zoo import bits
 
+from tallstore.kernels.sparse_reference import UNTOUCHED, SparseCode, compress
+
 __all__ = [
     "DEVICE",
     "FLOATS",
+    "compact",
     "draw",
     "draw_codes",
     "draw_levels",
@@ -54,6 +57,14 @@ def packed(codes: torch.Tensor, count: int) -> torch.Tensor:
         bit = (codes[i::8] >> k & 1) << i
         planes[k, : bit.numel()] |= bit.to(torch.uint8)
     return planes.to(DEVICE)
+
+
+def compact(
+    codes: torch.Tensor, count: int, *, seed: int = 2, rows: torch.Tensor | None = None
+) -> SparseCode:
+    """Codes in the compact form, with levels drawn for them."""
+    table = draw_levels(1 if rows is None else int(rows.max()) + 1, count, UNTOUCHED, seed)
+    return compress(packed(codes, count), codes.numel(), table=table, rows=rows)
 
 
 def poisoned(n: int, dtype: torch.dtype) -> torch.Tensor:

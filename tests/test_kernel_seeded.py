@@ -1,20 +1,18 @@
-"""`kernels/seeded.py`: its hash, its kernels to the bit, and what compilers make of them."""
+"""`kernels/seeded.py`: against full reconstructions, to the bit, and what compilers make of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from arenas import DEVICE, FLOATS, draw, draw_codes, draw_levels, packed, poisoned, same, vast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import CUDA, Case, Compiled, compile_cases
+from seeds import SEED, arena, make, support
 
 pytest.importorskip("triton")
 
@@ -23,166 +21,6 @@ from tallstore.kernels import seeded_reference as plain
 from tallstore.kernels.common import BLOCK, Shape
 from tallstore.kernels.seeded_reference import SeededCode, SeededTensor
 from tallstore.kernels.sparse_reference import UNTOUCHED
-
-Words = npt.NDArray[np.uint32]
-SEED = 0xFEDCBA9876543210
-
-
-# -- the hash, written once more with numpy's numbers of 32 bits ---------------------------
-
-
-def mix(x: Words) -> Words:
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x7FEB352D)
-    x = x ^ (x >> np.uint32(15))
-    x = x * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-def positions(seed: int, number: int, groups: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    key = np.array([0x243F6A88, 0x85A308D3], dtype=np.uint32)
-    for word in (seed % 2**32, seed >> 32, number):
-        key = mix(key ^ np.uint32(word))
-    low, high = (np.array([f(g) for g in groups], dtype=np.uint32) for f in (_low, _high))
-    h = mix(mix(low ^ key[0]) ^ key[1] ^ high)
-    return [int(word) * size >> 32 for word, size in zip(h, sizes, strict=True)]
-
-
-def _low(number: int) -> int:
-    return number % 2**32
-
-
-def _high(number: int) -> int:
-    return number >> 32
-
-
-def support(tensor: SeededTensor) -> torch.Tensor:
-    starts = range(0, tensor.numel, tensor.stride)
-    sizes = [min(tensor.stride, tensor.numel - start) for start in starts]
-    found = positions(tensor.seed, tensor.number, range(len(starts)), sizes)
-    return torch.tensor([a + b for a, b in zip(starts, found, strict=True)], dtype=torch.int64)
-
-
-#: (seed, number, weights a group): key, position in each of `GROUPS`. They are the format's.
-GROUPS = (0, 1, 2, 3, 1023, 1024, 2**31, 2**32 - 1, 2**32, 2**40 + 5)
-VECTORS = {
-    (0, 0, 50): ((0x29DCEA06, 0x42F99747), (5, 45, 31, 11, 6, 45, 37, 5, 40, 47)),
-    (0, 1, 50): ((0xAD00BCE4, 0xEE3ACD6A), (32, 43, 32, 23, 14, 12, 46, 10, 18, 43)),
-    (1, 0, 50): ((0x87D583BC, 0x7A74EB73), (48, 25, 12, 16, 36, 30, 7, 6, 47, 35)),
-    (SEED, 7, 50): ((0xB72DCB98, 0x8D8A5E53), (42, 39, 49, 14, 49, 27, 30, 42, 33, 20)),
-    (2**64 - 1, 2**32 - 1, 2**31 - 1): (
-        (0x2D58668C, 0x654A2771),
-        (257240157, 324858517, 271859815, 1045326530, 666796912, 922831703, 1847978630, 87617317,
-         1179165961, 1259824656),
-    ),
-}  # fmt: skip
-
-
-def test_mixing_is_fixed() -> None:
-    words = {0: 0, 1: 0x688990C0, 2: 0xD1132181, 0xFFFFFFFF: 0x6768824A, 0x12345678: 0xF5E71C96}
-    assert plain.mix(torch.tensor(list(words))).tolist() == list(words.values())
-    assert mix(np.array(list(words), dtype=np.uint32)).tolist() == list(words.values())
-
-
-@pytest.mark.parametrize("asked", VECTORS)
-def test_keys_and_positions_are_fixed(asked: tuple[int, int, int]) -> None:
-    seed, number, size = asked
-    key, wanted = VECTORS[asked]
-    assert plain.key(seed, number) == key
-    assert tuple(positions(seed, number, GROUPS, [size] * len(GROUPS))) == wanted
-    one = SeededTensor(seed=seed, number=number, stride=size, offset=0, numel=4 * size)
-    offsets = plain.support(one) - torch.arange(4) * size
-    assert tuple(offsets.tolist()) == wanted[:4]
-
-
-@pytest.mark.parametrize("asked", [asked for asked in VECTORS if asked[2] == 50])
-def test_the_kernel_has_the_same_positions(asked: tuple[int, int, int]) -> None:
-    seed, number, size = asked
-    one = SeededTensor(seed=seed, number=number, stride=size, offset=0, numel=1)
-    code = replace(make((one,), 1), table=torch.ones(1, 2, device=DEVICE))
-    for group, wanted in zip(GROUPS, VECTORS[asked][1], strict=True):
-        # A block of a tensor far too large, and the arena begins there.
-        first = group // BLOCK * BLOCK
-        key = int(code.index[0, 4])
-        index = [-first * size, (first + BLOCK) * size, size, -first, key]
-        faked = replace(code, index=torch.tensor([index], device=DEVICE))
-        out = torch.zeros(BLOCK * size, device=DEVICE)
-        seeded.apply(faked, torch.zeros_like(out), out)
-        (at,) = out.cpu().nonzero(as_tuple=True)
-        lane = group - first
-        assert at.numel() == BLOCK and int(at[lane]) == lane * size + wanted
-
-
-def chi_square(*digits: torch.Tensor, sides: int) -> float:
-    """How far counts of tuples are from even: in standard deviations of that statistic."""
-    at = torch.zeros_like(digits[0])
-    for digit in digits:
-        at = at * sides + digit
-    cells = sides ** len(digits)
-    counts = torch.bincount(at, minlength=cells).double()
-    even = at.numel() / cells
-    statistic = float(((counts - even) ** 2 / even).sum())
-    return (statistic - (cells - 1)) / (2 * (cells - 1)) ** 0.5
-
-
-@pytest.mark.parametrize("stride", [3, 10, 50, 64])
-def test_positions_look_random(stride: int) -> None:
-    """Even, and independent of those of the groups, tensors and seeds next to them."""
-    groups = 40_000
-
-    def found(seed: int, number: int) -> torch.Tensor:
-        one = SeededTensor(seed=seed, number=number, stride=stride, offset=0, numel=groups * stride)
-        return plain.support(one) - torch.arange(groups) * stride
-
-    scores = {}
-    for seed, number in itertools.product((0, 1, 2, SEED), (0, 1, 255, 2**32 - 1)):
-        here = found(seed, number)
-        name = f"seed {seed}, tensor {number}"
-        scores[name] = chi_square(here, sides=stride)
-        for lag in (1, 2, 32, 1024):
-            scores[f"{name}, lag {lag}"] = chi_square(here[lag:], here[:-lag], sides=stride)
-        others = {
-            "seed": found(seed ^ 1, number),
-            "high seed": found(seed ^ 1 << 32, number),
-            "tensor": found(seed, number ^ 1),
-            "both": found(seed ^ 1, number ^ 1),
-        }
-        for what, other in others.items():
-            scores[f"{name}, other {what}"] = chi_square(here, other, sides=stride)
-        scores[f"{name}, mirrored"] = chi_square(here, here.flip(0), sides=stride)
-    # The mirrored pairs count twice, which doubles that statistic's deviation.
-    assert max(abs(score) for score in scores.values()) < 5, scores
-    mean = sum(scores.values()) / len(scores)
-    assert abs(mean) < 4 / len(scores) ** 0.5, mean
-
-
-# -- codes ---------------------------------------------------------------------------------
-
-
-def make(
-    tensors: Sequence[SeededTensor], count: int, *, weights: int = 0, seed: int = 1
-) -> SeededCode:
-    """A code of `count` bits a value, its values and levels drawn."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (count, plain.value_groups(tensors)[-1] // 8)
-    planes = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(DEVICE)
-    table = torch.randn(len(tensors), 1 << count, generator=generator).to(DEVICE)
-    end = max((one.offset + one.numel for one in tensors), default=0)
-    return plain.build(tensors, planes, table, max(weights, end))
-
-
-def arena(
-    *sizes: tuple[int, int], seed: int = SEED, first: int = 0, gap: int = 0
-) -> tuple[SeededTensor, ...]:
-    """Tensors one after the other, given (weights, stride)."""
-    tensors, offset = [], first * BLOCK
-    for number, (numel, stride) in enumerate(sizes):
-        tensors.append(
-            SeededTensor(seed=seed, number=number, stride=stride, offset=offset, numel=numel)
-        )
-        offset += -(-numel // BLOCK) * BLOCK + gap * BLOCK
-    return tuple(tensors)
-
 
 MIXED = arena((5000, 7), (30_001, 50), (BLOCK, 1), (1, 3), (2 * BLOCK + 2, 3), first=1, gap=1)
 
@@ -229,7 +67,7 @@ def check(code: SeededCode, base: torch.Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", range(1, 5))
 def test_every_mix_of_dtypes(count: int) -> None:
-    code = make(MIXED, count)
+    code = make(arena((5000, 7), (1, 3), first=1, gap=1), count)
     for base_dtype, dtype in itertools.product(FLOATS, FLOATS):
         check(code, draw(code.weights, base_dtype), dtype)
 
@@ -403,6 +241,22 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
     assert one > 1 << 30 and out[one] == code.table[0][value].bfloat16()
     assert not out[one - BLOCK : one].any() and not out[one + 1 : one + BLOCK].any()
     assert not out[:BLOCK].any() and not out[offset - BLOCK : offset].any()
+
+
+def test_planes_far_apart(tmp_path: Path) -> None:
+    """Strides of 32 bits whose multiples are not."""
+    code = make(MIXED, 3)
+    far = (1 << 30) + 64
+    values = vast(tmp_path / "values", 3 * far, torch.uint8).view(3, far)
+    values[:, : code.planes.shape[1]] = code.planes
+    words = vast(tmp_path / "planes", 16 * far, torch.uint8).view(4, 4 * far)
+    seeded.expand(replace(code, planes=values), words)
+    width = sparse_reference.plane_bytes(code.weights)
+    assert torch.equal(words[:, :width], plain.expand(code))
+    base = draw(code.weights, torch.bfloat16)
+    out = base.clone()
+    seeded.apply(replace(code, planes=values), base, out)
+    assert same(out, dense(code, base, torch.bfloat16))
 
 
 # -- what compilers make of it -------------------------------------------------------------
