@@ -56,7 +56,8 @@ def _support(index, owner, block, BLOCK: tl.constexpr):
     left = numel - first * stride - ahead
     size = tl.minimum(left, stride.to(tl.int64)).to(tl.uint32)
     h = mix(mix(lane.to(tl.uint32) ^ key0) ^ key1)
-    place = (h.to(tl.uint64) * size.to(tl.uint64)) >> 32
+    # The high half of the product, which is one instruction.
+    place = tl.umulhi(h, size)
     return offset + first * stride, ahead + place.to(tl.int64), left > 0
 
 

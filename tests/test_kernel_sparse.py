@@ -357,7 +357,7 @@ def test_for_every_architecture(compiled: list[list[Compiled]], number: int) -> 
         assert not built.count(r"(ld|st)\.shared"), built.target
         assert bool(built.count(r"bar\.sync")) == (passes == 2), built.target
         if asked is _EXPAND:
-            assert built.count(r"red\.global\S*\.or\.b32") == rounds * constants["PLANES"]
+            assert built.count(r"(red|atom)\.global\S*\.or\.b32") == rounds * constants["PLANES"]
             assert built.count(r"ld\.global\.b16") == rounds
             continue
         size = 32 if constants["DTYPE"] == "tl.float32" else 16

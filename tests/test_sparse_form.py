@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from arenas import DEVICE, compact, draw_codes, draw_levels, packed
+from arenas import DEVICE, compact, draw_codes, draw_levels, packed, vast
 from zoo import run_child
 
 pytest.importorskip("triton")
@@ -59,6 +62,15 @@ def test_expanding_overwrites_its_planes_and_nothing_else(density: float) -> Non
         assert torch.equal(whole[1:-1, 16 : 16 + width], plain.expand(code))
         whole[1:-1, 16 : 16 + width] = 0xAA
         assert (whole == 0xAA).all()
+
+
+def test_expanding_entries_past_the_31st_bit(tmp_path: Path) -> None:
+    code, low = compact(draw_codes(2 * GROUP, 0.02, 2), 2), (1 << 31) + 5
+    entries = vast(tmp_path / "entries", low + code.entries.numel(), torch.int16)
+    entries[low:] = code.entries
+    planes = torch.zeros_like(plain.expand(code))
+    sparse.expand(replace(code, entries=entries, starts=code.starts + low), planes)
+    assert torch.equal(planes, plain.expand(code))
 
 
 def test_blocks_are_the_same_everywhere() -> None:
