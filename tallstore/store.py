@@ -264,6 +264,7 @@ class TallStore:
         *,
         tasks: Sequence[str] | None = None,
         cosine: bool = False,
+        device: torch.device | str | None = None,
         report: Report | None = None,
     ) -> MaskStatistics:
         """Count the masks: densities, how many tasks use a weight, overlaps of tasks.
@@ -273,7 +274,9 @@ class TallStore:
         tasks
             Which; all that have masks if None.
         cosine
-            Decode the task vectors as well, for the cosines between them.
+            Decode the task vectors as well, for the cosines between them; always on the CPU.
+        device
+            Where masks are counted; None: on the CPU. The counts are the same.
         report
             Told of progress.
 
@@ -281,10 +284,19 @@ class TallStore:
         ------
         UnknownTaskError, OptionError
             A task is not there, or has no masks; or no task has.
+        DeviceError
+            The device is not there.
         """
         from tallstore.mask_statistics import study
 
-        return study(self._held(), self._catalog, tasks=tasks, cosine=cosine, report=report)
+        return study(
+            self._held(),
+            self._catalog,
+            tasks=tasks,
+            cosine=cosine,
+            device=device,
+            report=report,
+        )
 
     # -- writing --------------------------------------------------------------------------
 

@@ -207,3 +207,57 @@ def test_residuals_bring_back_the_bits(dtype: torch.dtype) -> None:
         out = predicted.clone().to(device)
         ops.add_residual(out, zigzag.to(device), out, backend=backend)
         assert bits(out.cpu()) == bits(actual), backend
+
+
+def test_counts_agree() -> None:
+    n, tasks = 5000, 9
+    masks = draw_planes(tasks, n, 3, 0.3)
+    masks[:, -1] &= (1 << (n % 8 or 8)) - 1
+    starts = [0, 1024, 3072]
+    found = []
+    for backend, device in (("cpu", "cpu"), ("reference", "cpu"), ("triton", DEVICE)):
+        there = masks.to(device)
+        uses = torch.full((n,), 99, dtype=torch.uint8, device=device)
+        ops.count_uses(there, uses, backend=backend)
+        flags = torch.empty(n, dtype=torch.bool, device=device)
+        ops.unpack(there[:1], flags, backend=backend)
+        code = torch.empty(n, dtype=torch.uint8, device=device)
+        ops.unpack(there[:3], code, backend=backend)
+        tally = ops.tally(there, starts, n, backend=backend)
+        found.append(
+            [
+                uses.tolist(),
+                flags.tolist(),
+                code.tolist(),
+                *(ops.at_least(there, k, n, backend=backend).tolist() for k in (0, 1, 4, 9, 10)),
+                ops.use_histogram(there, stop=n, backend=backend).tolist(),
+                ops.mask_overlaps(there, backend=backend).tolist(),
+                ops.mask_overlaps(there, start=1024, stop=3000, backend=backend).tolist(),
+                tally.ones.tolist(),
+                tally.exclusive.tolist(),
+                tally.used_by.tolist(),
+            ]
+        )
+    assert found[0] == found[1] == found[2]
+
+
+def test_counts_refuse_what_does_not_fit() -> None:
+    masks, out = torch.zeros(3, 16, dtype=torch.uint8), torch.zeros(128, dtype=torch.uint8)
+    cases: list[tuple[type[Exception], Any, str]] = [
+        (MismatchError, lambda: ops.count_uses(masks[:, :9], out), "9 bytes for 128 weights"),
+        (MismatchError, lambda: ops.count_uses(masks.int(), out), "masks: torch.int32"),
+        (MismatchError, lambda: ops.count_uses(masks[:0], out), r"masks: torch.uint8, shape \(0,"),
+        (MismatchError, lambda: ops.count_uses(masks, out.int()), "out: torch.int32"),
+        (MismatchError, lambda: ops.count_uses(masks[:, ::2], out[:64]), "one after the other"),
+        (MismatchError, lambda: ops.use_histogram(masks, start=5), "multiple of 1024"),
+        (MismatchError, lambda: ops.unpack(masks, out.bool()), "out: torch.bool"),
+        (OptionError, lambda: ops.at_least(masks, -1, 128), "k=-1"),
+        (
+            OptionError,
+            lambda: ops.at_least(masks[:1].expand(65, -1), 1, 128, backend="triton"),
+            "65 masks; 64 can be counted",
+        ),
+    ]
+    for kind, call, message in cases:
+        with pytest.raises(kind, match=message):
+            call()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tallstore.cli.options import examples, json_option, quiet_option, store_argument
+from tallstore.cli.options import device_option, examples, json_option, quiet_option, store_argument
 from tallstore.cli.printing import Table, emit_json, number, printable
 from tallstore.cli.progressbar import Progress
 
@@ -45,6 +45,7 @@ def split_tasks(
 )
 @click.option("--per-tensor", is_flag=True, help="Tell every tensor apart, not layers alone.")
 @click.option("--cosine", is_flag=True, help="Decode the tasks: cosines between task vectors.")
+@device_option
 @json_option
 @quiet_option
 def stats(
@@ -53,6 +54,7 @@ def stats(
     tasks: tuple[str, ...] | None,
     per_tensor: bool,
     cosine: bool,
+    device: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -64,7 +66,7 @@ def stats(
     from tallstore.store import TallStore
 
     with TallStore(store) as opened, Progress(quiet=quiet) as progress:
-        found = opened.statistics(tasks=tasks, cosine=cosine, report=progress.report)
+        found = opened.statistics(tasks=tasks, cosine=cosine, device=device, report=progress.report)
     if as_json:
         facts = found.to_json()
         if not per_tensor:

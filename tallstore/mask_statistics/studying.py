@@ -9,9 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from tallstore import ops
 from tallstore.catalog import Catalog
-from tallstore.counting import overlaps, tally
+from tallstore.codecs import Bytes
+from tallstore.counting import Tally, overlaps, tally
+from tallstore.devices import on_device, wanted_device
 from tallstore.documents import BaseDocument
 from tallstore.dtypes import is_codable
 from tallstore.engine.snapshot import Snapshot
@@ -68,6 +72,7 @@ def study(
     *,
     tasks: Sequence[str] | None = None,
     cosine: bool = False,
+    device: torch.device | str | None = None,
     report: Report | None = None,
 ) -> MaskStatistics:
     """Count the masks of a store, by popcount on packed words; see `TallStore.statistics`.
@@ -75,13 +80,17 @@ def study(
     Memory is bounded by one span of the masks, a thread; with `cosine` also by one span of the
     task vectors in float32.
     """
+    place = wanted_device(device)
+    ops.choose_backend(place, None)
     names = masked_tasks(snapshot.path, catalog, tasks)
     reader = MaskReader(snapshot, catalog, names)
     meter = Meter(report)
     spans = reader.spans()
     with workers() as pool:
         total = sum(reader.nbytes(*item) for item in spans)
-        segments, overlap = _count(reader, spans, pool, meter.stage("masks", total * len(names)))
+        segments, overlap = _count(
+            reader, spans, place, pool, meter.stage("masks", total * len(names))
+        )
         found = None
         exact = all(catalog.tasks[name].exact for name in names)
         if cosine:
@@ -117,6 +126,7 @@ def study(
 def _count(
     reader: MaskReader,
     spans: Iterable[tuple[int, int]],
+    device: torch.device,
     pool: Workers,
     progress: Callable[[int], None],
 ) -> tuple[dict[int, _Sums], Counts]:
@@ -133,8 +143,11 @@ def _count(
         pieces = reader.pieces(*item)
         rows = reader.read(*item, pieces)
         starts = [piece.within for piece in pieces]
-        found = tally(list(rows), starts, 8 * rows.shape[1], scratch=scratch)
-        both = overlaps(list(rows), scratch=scratch)
+        if device.type == "cpu":
+            found = tally(list(rows), starts, 8 * rows.shape[1], scratch=scratch)
+            both = overlaps(list(rows), scratch=scratch)
+        else:
+            found, both = _count_on(device, rows, starts)
         progress(rows.nbytes)
         return [piece.segment for piece in pieces], found, both
 
@@ -148,6 +161,13 @@ def _count(
                 sums.exclusive += found.exclusive[:, run]
                 sums.used_by += found.used_by[:, run]
     return segments, total
+
+
+def _count_on(device: torch.device, rows: Bytes, starts: Sequence[int]) -> tuple[Tally, Counts]:
+    with on_device(device, "counting masks"):
+        masks = torch.from_numpy(rows).to(device)
+        found = ops.tally(masks, starts, 8 * rows.shape[1])
+        return found, np.asarray(ops.mask_overlaps(masks).cpu())
 
 
 def _parts(

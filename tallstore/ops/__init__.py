@@ -7,6 +7,14 @@ the same bits.
 from __future__ import annotations
 
 from tallstore.ops.backend import Backend, choose_backend
+from tallstore.ops.counting import (
+    at_least,
+    count_uses,
+    mask_overlaps,
+    tally,
+    unpack,
+    use_histogram,
+)
 from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
 from tallstore.ops.residual import add_residual
@@ -34,14 +42,20 @@ __all__ = [
     "TallSums",
     "add_residual",
     "apply_sparse",
+    "at_least",
     "choose_backend",
     "compress_planes",
+    "count_uses",
     "density",
     "encode_levels",
     "encode_tall",
     "expand_sparse",
+    "mask_overlaps",
     "reconstruct",
     "reduce_sums",
     "restore_sparse",
     "switch_sparse",
+    "tally",
+    "unpack",
+    "use_histogram",
 ]
