@@ -71,11 +71,14 @@ def _block(
         code = tl.where(distance < nearest, c, code)
         nearest = tl.where(distance < nearest, distance, nearest)
     used = first + byte * 8 < stop if MASKED else None
+    plane = planes + first // 8
     for k in tl.static_range(PLANES):
         flag = (code >> k) & 1
         if MASKED:
             flag = tl.where(inside, flag, 0)
-        tl.store(planes + k * plane_stride + (first // 8 + byte), packed(flag, lane), mask=used)
+        tl.store(plane + byte, packed(flag, lane), mask=used)
+        # Added up: a product with k would be one of 32 bits, and planes can lie further apart.
+        plane += plane_stride
     if SUMS:
         if MASKED:
             code = tl.where(inside, code, -1)

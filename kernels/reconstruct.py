@@ -62,9 +62,12 @@ def _tile(
             row = tl.load(rows + (first + group * LANES) // BLOCK, mask=used, other=none)
             row = row.to(tl.int64)[:, None]
         code = tl.zeros([TILE // LANES, LANES], tl.int32)
+        plane = planes
         for k in tl.static_range(PLANES):
-            byte = tl.load(planes + k * plane_stride + byte_at, mask=used).to(tl.int32)
+            byte = tl.load(plane + byte_at, mask=used).to(tl.int32)
             code |= ((byte[:, None] >> shift) & 1) << k
+            # Added up: a product with k would be one of 32 bits, and planes can lie further apart.
+            plane += plane_stride
         if PLANES == 1:
             # Two levels: chosen between in registers, where a table would be read per weight.
             low = tl.load(table + row * 2)

@@ -35,9 +35,12 @@ def _tile(
     half = (tl.arange(0, 2) * 4)[None, None, :]
     # Four codes a word: a plane costs four instructions for four weights.
     words = tl.zeros([TILE // 16, 2, 2], tl.uint32)
+    plane = planes
     for k in tl.static_range(PLANES):
-        byte = tl.load(planes + k * plane_stride + byte_at, mask=used).to(tl.uint32)
+        byte = tl.load(plane + byte_at, mask=used).to(tl.uint32)
         words |= spread((byte[:, :, None] >> half) & 0xF) << k
+        # Added up: a product with k would be one of 32 bits, and planes can lie further apart.
+        plane += plane_stride
     # Stored as bytes, so that any address will do; the compiler sees that the words lie ready.
     quarter = (tl.arange(0, 4) * 8)[None, None, None, :]
     codes = tl.reshape((words[:, :, :, None] >> quarter).to(tl.uint8), [TILE // 16, 16])

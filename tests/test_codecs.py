@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore.codecs import CODECS, PLANES, RAW, ZSTD, Bytes, Codec
+from tallstore.codecs import CODECS, PLANES, RAW, ZSTD, Bytes, Codec, zstd
 from tallstore.errors import CorruptStoreError
 
 #: Every codec with every parameter it takes, and the bytes its data must be a multiple of.
@@ -111,6 +111,22 @@ def test_planes_payload_is_the_documented_one() -> None:
         plane = body if length >> 31 else zstandard.ZstdDecompressor().decompress(body)
         assert plane == ((words >> np.uint32(8 * k)) & np.uint32(255)).astype(np.uint8).tobytes()
     assert position == len(payload)
+
+
+@pytest.mark.parametrize("tail", [b"(", b"\0", b"\x28\xb5\x2f\xfd", b"x" * 40])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_nothing_follows_a_frame(tail: bytes, repeated: bool) -> None:
+    data = np.zeros(1 << 18, np.uint8) if repeated else compressible(1 << 18)
+    for frame in (
+        zstd.compress(data, min_gain=0.05),
+        zstandard.ZstdCompressor(write_checksum=True).compress(data.tobytes()),
+    ):
+        assert frame is not None
+        out = np.empty_like(data)
+        zstd.decompress(memoryview(frame), out)
+        assert np.array_equal(out, data)
+        with pytest.raises(CorruptStoreError):
+            zstd.decompress(memoryview(frame + tail), out)
 
 
 @variants

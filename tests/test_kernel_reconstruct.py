@@ -17,7 +17,9 @@ pytest.importorskip("triton")
 
 from tallstore.kernels import reference
 from tallstore.kernels.common import BLOCK, INTERPRETED, Shape
+from tallstore.kernels.encode_levels import encode_levels
 from tallstore.kernels.reconstruct import reconstruct
+from tallstore.kernels.unpack import unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -202,6 +204,34 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
     reconstruct(base, planes, None, table, base, rows=rows, start=start)
     assert same(base[start:], wanted)
     assert not base[: 2 * BLOCK].any() and not base[start - BLOCK : start].any()
+
+
+def test_planes_far_apart(tmp_path: Path) -> None:
+    """Three planes of 2**30 bytes and some: twice the stride is past the 31st bit."""
+    stride, n = (1 << 30) + 64, 2 * BLOCK + 3
+    if DEVICE == "cuda":
+        flat = torch.zeros(3 * stride, dtype=torch.uint8, device=DEVICE)
+    else:
+        path = tmp_path / "planes"
+        with path.open("wb") as file:
+            file.truncate(3 * stride)
+        flat = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.uint8)
+    planes = flat.view(3, stride)
+    planes[:, : (n + 7) // 8] = draw_planes(3, n)
+    base, table, out = draw(n, torch.float32), draw_table(1, 3), poisoned(n, torch.float32)
+    reconstruct(base, planes, None, table, out)
+    assert same(out, expected(base, planes[:, : (n + 7) // 8], None, table, torch.float32))
+    codes = torch.empty(n, dtype=torch.uint8, device=DEVICE)
+    unpack(planes, codes)
+    assert torch.equal(codes.long(), reference.codes(planes[:, : (n + 7) // 8], n))
+    made = flat.clone() if DEVICE == "cuda" else flat
+    made = made.view(3, stride)
+    made[:, : (n + 7) // 8] = 0xAA
+    tuned = base + table[0][codes.long()]
+    encode_levels(base, None, tuned, table, made)
+    nearest = reference.encode_levels(base, None, tuned, table[0].tolist())
+    for k in range(3):
+        assert torch.equal(made[k, : (n + 7) // 8], reference.pack((nearest >> k & 1).bool()))
 
 
 # -- what compilers make of it -------------------------------------------------------------

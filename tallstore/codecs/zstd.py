@@ -20,6 +20,23 @@ def compress(data: Bytes, *, min_gain: float, level: int = _LEVEL) -> bytes | No
     return frame if len(frame) <= (1 - min_gain) * data.size else None
 
 
+def _frame_size(payload: memoryview) -> int:
+    """Bytes of the frame that a payload starts with: zstd itself ignores what comes after it.
+
+    RFC 8878, section 3.1.1: after the header blocks, each with three bytes of its own header (last
+    block, type, size; a block of type 1 is one byte, repeated), and perhaps a checksum.
+    """
+    place = zstandard.frame_header_size(payload)
+    last = 0
+    while not last:
+        header = int.from_bytes(payload[place : place + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        place += 3 + (1 if kind == 1 else size)
+        if place > len(payload):
+            raise CorruptStoreError("a frame ends within a block")
+    return place + 4 * zstandard.get_frame_parameters(payload).has_checksum
+
+
 def decompress(payload: memoryview, out: Bytes) -> None:
     """Fill `out` from one frame; its declared size is checked before a byte is written.
 
@@ -42,6 +59,8 @@ def decompress(payload: memoryview, out: Bytes) -> None:
                 filled += got
             if reader.read(1):
                 raise CorruptStoreError(f"a frame holds more than its {out.size} bytes")
+        if _frame_size(payload) != len(payload):
+            raise CorruptStoreError("bytes follow the frame")
     except zstandard.ZstdError as exc:
         raise CorruptStoreError(f"zstd: {exc}") from exc
 
