@@ -37,11 +37,12 @@ def _counts(masks, stride, tasks, at, inside, WORD: tl.constexpr, MASKED: tl.con
     b5 = b0
     b6 = b0
     # Eight masks a turn, so that enough loads are under way at a time.
-    for first in range(0, tasks, 8):
-        for pair in tl.static_range(4):
-            task = tl.cast(first, tl.int64) + 2 * pair
+    task = tl.zeros([], tl.int64)
+    while task < tasks:
+        for _ in tl.static_range(4):
             x = load(masks, stride, task, tasks, at, inside, WORD, MASKED)
             y = load(masks, stride, task + 1, tasks, at, inside, WORD, MASKED)
+            task += 2
             carry = (x & y) | (b0 & (x | y))
             b0 = b0 ^ x ^ y
             b1, carry = _half(b1, carry)
@@ -102,9 +103,9 @@ def uses_kernel(
         _uses(masks, stride, tasks, out, stop, block, PLACES, BLOCKS, BLOCK, WORD, False)
     else:
         PART: tl.constexpr = BLOCKS * 8 // WORD.primitive_bitwidth
-        for first in range(block, tl.cdiv(stop, BLOCK), PART):
-            at = tl.cast(first, tl.int64)
-            _uses(masks, stride, tasks, out, stop, at, PLACES, PART, BLOCK, tl.uint8, True)
+        while block * BLOCK < stop:
+            _uses(masks, stride, tasks, out, stop, block, PLACES, PART, BLOCK, tl.uint8, True)
+            block += PART
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _at_least(
     b0, b1, b2, b3, b4, b5, b6 = _counts(masks, stride, tasks, at, inside, WORD, MASKED)
     # count >= least where count + (127 - least) + 1 carries out of seven bits.
     addend = 127 - least
-    carry = ~tl.zeros(at.shape, tl.uint32)
+    carry = tl.full(at.shape, 0xFFFFFFFF, tl.uint32)
     carry = _carry(b0, carry, addend, 0)
     carry = _carry(b1, carry, addend, 1)
     carry = _carry(b2, carry, addend, 2)
@@ -148,9 +149,9 @@ def at_least_kernel(
         _at_least(masks, stride, tasks, least, out, stop, block, BLOCKS, BLOCK, WORD, False)
     else:
         PART: tl.constexpr = BLOCKS * 8 // WORD.primitive_bitwidth
-        for first in range(block, tl.cdiv(stop, BLOCK), PART):
-            at = tl.cast(first, tl.int64)
-            _at_least(masks, stride, tasks, least, out, stop, at, PART, BLOCK, tl.uint8, True)
+        while block * BLOCK < stop:
+            _at_least(masks, stride, tasks, least, out, stop, block, PART, BLOCK, tl.uint8, True)
+            block += PART
 
 
 @triton.jit
@@ -168,11 +169,11 @@ def _histogram(
     b0, b1, b2, b3, b4, b5, b6 = _counts(
         masks, stride, tasks, at, at * WIDTH < stop, WORD, MASKED
     )  # fmt: skip
-    for uses in range(0, tasks + 1):
-        value = tl.cast(uses, tl.int32)
-        match = _equal(b0, value, 0) & _equal(b1, value, 1) & _equal(b2, value, 2)
-        match = match & _equal(b3, value, 3) & _equal(b4, value, 4)
-        match = match & _equal(b5, value, 5) & _equal(b6, value, 6)
+    uses = tl.zeros([], tl.int32)
+    while uses <= tasks:
+        match = _equal(b0, uses, 0) & _equal(b1, uses, 1) & _equal(b2, uses, 2)
+        match = match & _equal(b3, uses, 3) & _equal(b4, uses, 4)
+        match = match & _equal(b5, uses, 5) & _equal(b6, uses, 6)
         if MASKED:
             match = match & valid(at, stop)
         elif WIDTH < 32:
@@ -180,6 +181,7 @@ def _histogram(
             match = match & ((1 << WIDTH) - 1)
         found = tl.sum(popcount(match), axis=0)
         tl.atomic_add(out + uses, found.to(tl.int64), sem="relaxed")
+        uses += 1
 
 
 @triton.jit
@@ -193,9 +195,9 @@ def histogram_kernel(
         _histogram(masks, stride, tasks, out, stop, block, BLOCKS, BLOCK, WORD, False)
     else:
         PART: tl.constexpr = BLOCKS * 8 // WORD.primitive_bitwidth
-        for first in range(block, tl.cdiv(stop, BLOCK), PART):
-            at = tl.cast(first, tl.int64)
-            _histogram(masks, stride, tasks, out, stop, at, PART, BLOCK, tl.uint8, True)
+        while block * BLOCK < stop:
+            _histogram(masks, stride, tasks, out, stop, block, PART, BLOCK, tl.uint8, True)
+            block += PART
 
 
 def count_uses(

@@ -27,11 +27,13 @@ def _overlaps(
     x = load(masks, stride, one, tasks, at, inside, WORD, MASKED)
     if MASKED:
         x = x & valid(at, stop)
-    for other in range(one, tasks):
-        y = load(masks, stride, tl.cast(other, tl.int64), tasks, at, inside, WORD, MASKED)
+    other = one
+    while other < tasks:
+        y = load(masks, stride, other, tasks, at, inside, WORD, MASKED)
         both = tl.sum(popcount(x & y), axis=0).to(tl.int64)
         tl.atomic_add(out + (one * tasks + other), both, sem="relaxed")
         tl.atomic_add(out + (other * tasks + one), both, mask=other > one, sem="relaxed")
+        other += 1
 
 
 @triton.jit
@@ -48,9 +50,9 @@ def overlaps_kernel(
         _overlaps(masks, stride, tasks, out, stop, one, block, BLOCKS, BLOCK, WORD, False)
     else:
         PART: tl.constexpr = BLOCKS * 8 // WORD.primitive_bitwidth
-        for first in range(block, tl.cdiv(stop, BLOCK), PART):
-            at = tl.cast(first, tl.int64)
-            _overlaps(masks, stride, tasks, out, stop, one, at, PART, BLOCK, tl.uint8, True)
+        while block * BLOCK < stop:
+            _overlaps(masks, stride, tasks, out, stop, one, block, PART, BLOCK, tl.uint8, True)
+            block += PART
 
 
 def overlaps(
