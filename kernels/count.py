@@ -68,9 +68,7 @@ def _uses(
     SIZE: tl.constexpr = BLOCKS * BLOCK // WIDTH
     word = tl.arange(0, SIZE)
     at = block * (BLOCK // WIDTH) + word
-    b0, b1, b2, b3, b4, b5, b6 = _counts(
-        masks, stride, tasks, at, at * WIDTH < stop, WORD, MASKED
-    )  # fmt: skip
+    b0, b1, b2, b3, b4, b5, b6 = _counts(masks, stride, tasks, at, at * WIDTH < stop, WORD, MASKED)
     # Four counts a word, a byte each.
     nibble = (tl.arange(0, WIDTH // 4) * 4)[None, :]
     counts = _as_bytes(b0, nibble, 0)
@@ -166,9 +164,7 @@ def _histogram(
 ):  # fmt: skip
     WIDTH: tl.constexpr = WORD.primitive_bitwidth
     at = block * (BLOCK // WIDTH) + tl.arange(0, BLOCKS * BLOCK // WIDTH)
-    b0, b1, b2, b3, b4, b5, b6 = _counts(
-        masks, stride, tasks, at, at * WIDTH < stop, WORD, MASKED
-    )  # fmt: skip
+    b0, b1, b2, b3, b4, b5, b6 = _counts(masks, stride, tasks, at, at * WIDTH < stop, WORD, MASKED)
     uses = tl.zeros([], tl.int32)
     while uses <= tasks:
         match = _equal(b0, uses, 0) & _equal(b1, uses, 1) & _equal(b2, uses, 2)

@@ -66,9 +66,7 @@ def tall(
     whole = poison(size + 32)
     sums = TallSums.empty(blocks_of(n), DEVICE)
     plane = whole[16 : 16 + size]
-    encode_tall(
-        base, vector, finetuned, plane, tall_lambda=tall_lambda, sums=sums, warps=warps
-    )  # fmt: skip
+    encode_tall(base, vector, finetuned, plane, tall_lambda=tall_lambda, sums=sums, warps=warps)
     assert poisoned(whole[:16]) and poisoned(whole[16 + size :])
     bare = poison(size)
     encode_tall(base, vector, finetuned, bare, tall_lambda=tall_lambda)
@@ -213,9 +211,7 @@ def test_sums_of_each_block_and_of_ranges_of_them() -> None:
     finetuned[BLOCK : 2 * BLOCK] = base[BLOCK : 2 * BLOCK]
     finetuned[3 * BLOCK + 5] = INF
     sums = TallSums.empty(6, DEVICE)
-    encode_tall(
-        base, vector, finetuned, poison((n + 7) // 8), tall_lambda=0.4, sums=sums
-    )  # fmt: skip
+    encode_tall(base, vector, finetuned, poison((n + 7) // 8), tall_lambda=0.4, sums=sums)
     assert sums.same.tolist() == [False, True, False, False, False, False]
     assert sums.finite.tolist() == [True, True, True, False, True, True]
     ranges = [(0, 1), (1, 3), (4, 6), (2, 2), (0, 6)]
@@ -273,9 +269,7 @@ def check_levels(
     size = (n + 7) // 8
     planes, bare = poison(count, size + 3)[:, :size], poison(count, size)
     sums = LevelSums.empty(blocks_of(n), count, DEVICE)
-    encode_levels(
-        base, vector, finetuned, levels[None], planes, sums=sums, warps=warps
-    )  # fmt: skip
+    encode_levels(base, vector, finetuned, levels[None], planes, sums=sums, warps=warps)
     encode_levels(base, vector, finetuned, levels[None], bare)
     assert same(planes.contiguous(), bare)
     found = reference.codes(planes, 8 * size)
@@ -370,9 +364,7 @@ def test_each_block_has_its_row_of_levels_and_a_part_may_do() -> None:
     rows = torch.tensor([2, 0, 1, 1, 2, 0], dtype=torch.int32, device=DEVICE)
     planes, sums = poison(2, (n + 7) // 8), LevelSums.empty(6, 2, DEVICE)
     sums.counts.fill_(-1)
-    encode_levels(
-        base, vector, finetuned, table, planes, rows=rows, sums=sums, start=BLOCK
-    )  # fmt: skip
+    encode_levels(base, vector, finetuned, table, planes, rows=rows, sums=sums, start=BLOCK)
     assert poisoned(planes[:, : BLOCK // 8]) and (sums.counts[0] == -1).all()
     found = reference.codes(planes, n)
     for block in range(1, 6):
