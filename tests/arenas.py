@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from zoo import bits
+from kernel_helpers import DEVICE
 
 from tallstore.kernels.sparse_reference import UNTOUCHED, SparseCode, compress
 
-__all__ = [
-    "DEVICE",
-    "FLOATS",
-    "compact",
-    "draw",
-    "draw_codes",
-    "draw_levels",
-    "packed",
-    "poisoned",
-    "same",
-    "vast",
-]
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def draw(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal numbers with signed zeros among them, at the scale of weights."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, generator=generator)
-    values[::7] = 0.0
-    values[3::11] = -0.0
-    return values.to(dtype).to(DEVICE)
+__all__ = ["compact", "draw_codes", "draw_levels", "packed"]
 
 
 def draw_codes(n: int, density: float, count: int, seed: int = 1) -> torch.Tensor:
@@ -65,21 +40,3 @@ def compact(
     """Codes in the compact form, with levels drawn for them."""
     table = draw_levels(1 if rows is None else int(rows.max()) + 1, count, UNTOUCHED, seed)
     return compress(packed(codes, count), codes.numel(), table=table, rows=rows)
-
-
-def poisoned(n: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits."""
-    return a.dtype == b.dtype and bits(a.cpu()) == bits(b.cpu())
-
-
-def vast(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take no room on a disk: nobody reads most of them."""
-    if DEVICE == "cuda":
-        return torch.zeros(size, dtype=dtype, device=DEVICE)
-    with path.open("wb") as file:
-        file.truncate(size * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)

@@ -13,10 +13,11 @@ __all__ = [
     "TRITON",
     "draw",
     "draw_bytes",
+    "nans",
     "poison",
     "poisoned",
     "same",
-    "sparse",
+    "vast",
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,16 +54,20 @@ def poisoned(tensor: torch.Tensor) -> bool:
     return bool((tensor.contiguous().view(torch.uint8) == 0xAA).all())
 
 
+def nans(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a result must overwrite."""
+    return torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits."""
     return a.dtype == b.dtype and a.shape == b.shape and bits(a.cpu()) == bits(b.cpu())
 
 
-def sparse(folder: Path, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+def vast(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros that take no room: nobody reads most of them."""
     if DEVICE == "cuda":
         return torch.zeros(size, dtype=dtype, device=DEVICE)
-    path = folder / name
     with path.open("wb") as file:
         file.truncate(size * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)

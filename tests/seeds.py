@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from arenas import DEVICE
+from kernel_helpers import DEVICE
 
 from tallstore.kernels import seeded_reference as plain
 from tallstore.kernels.seeded_reference import BLOCK, SeededCode, SeededTensor

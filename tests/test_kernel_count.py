@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, sparse
+from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
@@ -130,7 +130,7 @@ def test_nothing_to_do() -> None:
 def test_rows_far_from_each_other(tmp_path: Path) -> None:
     stride, weights = (1 << 30) + 64, 3 * BLOCK + 77
     size = (weights + 7) // 8
-    far = sparse(tmp_path, "far", 3 * stride + size, torch.uint8)
+    far = vast(tmp_path / "far", 3 * stride + size, torch.uint8)
     masks = far.as_strided((4, size), (stride, 1))
     masks[:] = draw_bytes(4, size)
     check(masks, 0, weights, SMALL)
@@ -140,14 +140,14 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
     n = (1 << 31) + 3 * BLOCK + 5
     start = (1 << 31) + BLOCK
     size, first = (n + 7) // 8, start // 8
-    masks = sparse(tmp_path, "masks", 2 * size, torch.uint8).view(2, size)
+    masks = vast(tmp_path / "masks", 2 * size, torch.uint8).view(2, size)
     masks[:, first:] = draw_bytes(2, size - first)
     end = masks[:, first:].clone()
-    uses = sparse(tmp_path, "uses", n, torch.uint8)
+    uses = vast(tmp_path / "uses", n, torch.uint8)
     count_uses(masks, uses, start=start)
     assert same(uses[start:], reference.count_uses(end, stop=n - start))
     assert not uses[: 4 * BLOCK].any() and not uses[start - BLOCK : start].any()
-    plane = sparse(tmp_path, "plane", size, torch.uint8)
+    plane = vast(tmp_path / "plane", size, torch.uint8)
     at_least(masks, 2, plane, start=start, stop=n)
     assert same(plane[first:], reference.at_least(end, 2, stop=n - start))
     assert not plane[: 4 * BLOCK].any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, FLOATS, TRITON, draw, poison, poisoned, same, sparse
+from kernel_helpers import DEVICE, FLOATS, TRITON, draw, poison, poisoned, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
@@ -393,19 +393,19 @@ def test_sums_give_fitted_levels_and_their_error() -> None:
 def test_past_the_31st_bit(tmp_path: Path) -> None:
     n = (1 << 31) + 3 * BLOCK + 5
     start = (1 << 31) + BLOCK
-    big = [sparse(tmp_path, name, n, torch.bfloat16) for name in "bvf"]
+    big = [vast(tmp_path / name, n, torch.bfloat16) for name in "bvf"]
     ends = task(n - start, *[torch.bfloat16] * 3)
     for tensor, end in zip(big, ends, strict=True):
         tensor[start:] = end
     size, first = (n + 7) // 8, start // 8
-    plane = sparse(tmp_path, "plane", size, torch.uint8)
+    plane = vast(tmp_path / "plane", size, torch.uint8)
     sums = TallSums.empty(blocks_of(n), DEVICE)
     encode_tall(*big, plane, tall_lambda=0.4, sums=sums, start=start)
     wanted, stats = on_cpu(*ends, 0.4)
     assert plane[first:].tolist() == wanted and not plane[: 4 * BLOCK].any()
     assert sums.ones[start // BLOCK :].sum() == stats.ones
-    planes = sparse(tmp_path, "planes", 2 * size, torch.uint8).view(2, size)
-    rows = sparse(tmp_path, "rows", blocks_of(n), torch.int32)
+    planes = vast(tmp_path / "planes", 2 * size, torch.uint8).view(2, size)
+    rows = vast(tmp_path / "rows", blocks_of(n), torch.int32)
     rows[start // BLOCK :] = 1
     table = torch.stack([levels_for(2) + 7, levels_for(2)])
     encode_levels(*big, table, planes, rows=rows, start=start)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_helpers import DEVICE, FLOATS, TRITON, draw, nans, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
-from zoo import bits
 
 pytest.importorskip("triton")
 
@@ -20,18 +20,6 @@ from tallstore.kernels.common import BLOCK, INTERPRETED, Shape
 from tallstore.kernels.encode_levels import encode_levels
 from tallstore.kernels.reconstruct import reconstruct
 from tallstore.kernels.unpack import unpack
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def draw(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal numbers with signed zeros among them, at the scale of weights."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, generator=generator)
-    values[::7] = 0.0
-    values[3::11] = -0.0
-    return values.to(dtype).to(DEVICE)
 
 
 def draw_planes(count: int, n: int, seed: int = 1) -> torch.Tensor:
@@ -45,10 +33,6 @@ def draw_table(rows: int, count: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(rows, 1 << count, generator=generator).to(DEVICE)
 
 
-def poisoned(n: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((n,), float("nan"), dtype=dtype, device=DEVICE)
-
-
 def expected(
     base: torch.Tensor,
     planes: torch.Tensor | None,
@@ -60,10 +44,6 @@ def expected(
     return reference.reconstruct(base, planes, vector, levels, dtype)
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bits(a.cpu()) == bits(b.cpu())
-
-
 @pytest.mark.parametrize("count", range(5))
 def test_every_mix_of_dtypes(count: int) -> None:
     n = BLOCK + 13
@@ -72,7 +52,7 @@ def test_every_mix_of_dtypes(count: int) -> None:
     for base_dtype, vector_dtype, dtype in itertools.product(FLOATS, (None, *FLOATS), FLOATS):
         base = draw(n, base_dtype)
         vector = None if vector_dtype is None else draw(n, vector_dtype, seed=5)
-        out = poisoned(n, dtype)
+        out = nans(n, dtype)
         reconstruct(base, planes, vector, table, out)
         wanted = expected(base, planes, vector, table, dtype)
         assert same(out, wanted), (base_dtype, vector_dtype, dtype)
@@ -108,7 +88,7 @@ def test_views_at_odd_offsets(
     )
     planes = draw_planes(count, n + 8 * offset, seed)[:, offset:]
     table = draw_table(1, count, seed)
-    out = poisoned(n + offset, dtype)[offset:]
+    out = nans(n + offset, dtype)[offset:]
     reconstruct(base, planes, vector, table, out)
     assert same(out, expected(base, planes, vector, table, dtype))
 
@@ -119,7 +99,7 @@ def test_each_block_has_its_row_of_levels() -> None:
     rows = torch.tensor([2, 0, 1, 1, 2, 0], dtype=torch.int32, device=DEVICE)
     for count, shape in itertools.product((1, 2, 4), (Shape(), Shape(blocks=4))):
         planes, table = draw_planes(count, n), draw_table(3, count)
-        out = poisoned(n, torch.float32)
+        out = nans(n, torch.float32)
         reconstruct(base, planes, vector, table, out, rows=rows, shape=shape)
         for block, row in enumerate(rows.tolist()):
             low, high = block * BLOCK, min((block + 1) * BLOCK, n)
@@ -145,7 +125,7 @@ def test_in_place_and_a_part_only() -> None:
 
 
 def test_nothing_to_do_writes_nothing() -> None:
-    out = poisoned(BLOCK, torch.float32)
+    out = nans(BLOCK, torch.float32)
     reconstruct(out, None, None, None, out, start=BLOCK)
     assert out.isnan().all()
 
@@ -158,7 +138,7 @@ def test_rounding_at_halves_overflow_and_nan() -> None:
     ).to(torch.int32)  # fmt: skip
     base = words.view(torch.float32).to(DEVICE)
     for dtype in FLOATS:
-        out = poisoned(base.numel(), dtype)
+        out = nans(base.numel(), dtype)
         reconstruct(base, None, None, None, out)
         assert same(out, base.to(dtype)), dtype
         lost = torch.full((3,), float("nan"), device=DEVICE)
@@ -172,7 +152,7 @@ def test_a_product_and_a_sum_are_rounded_one_after_the_other() -> None:
     n = 4 * BLOCK
     base, vector = (torch.randn(n, generator=generator).to(DEVICE) for _ in range(2))
     planes, table = draw_planes(1, n), torch.tensor([[1.1, -0.7]], device=DEVICE)
-    out = poisoned(n, torch.float32)
+    out = nans(n, torch.float32)
     reconstruct(base, planes, vector, table, out)
     assert same(out, expected(base, planes, vector, table, torch.float32))
     chosen = table[0][reference.codes(planes, n)]
@@ -184,18 +164,9 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
     n = (1 << 31) + 3 * BLOCK + 5
     start = (1 << 31) + BLOCK
 
-    def sparse(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros that take no room: nobody reads most of them."""
-        if DEVICE == "cuda":
-            return torch.zeros(size, dtype=dtype, device=DEVICE)
-        path = tmp_path / name
-        with path.open("wb") as file:
-            file.truncate(size * dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-
-    base = sparse("base", n, torch.bfloat16)
-    planes = sparse("planes", (n + 7) // 8, torch.uint8).unsqueeze(0)
-    rows = sparse("rows", -(-n // BLOCK), torch.int32)
+    base = vast(tmp_path / "base", n, torch.bfloat16)
+    planes = vast(tmp_path / "planes", (n + 7) // 8, torch.uint8).unsqueeze(0)
+    rows = vast(tmp_path / "rows", -(-n // BLOCK), torch.int32)
     base[start:] = draw(n - start, torch.bfloat16)
     planes[0, start // 8 :] = draw_planes(1, n - start)[0]
     rows[start // BLOCK :] = 1
@@ -209,16 +180,10 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
 def test_planes_far_apart(tmp_path: Path) -> None:
     """Three planes of 2**30 bytes and some: twice the stride is past the 31st bit."""
     stride, n = (1 << 30) + 64, 2 * BLOCK + 3
-    if DEVICE == "cuda":
-        flat = torch.zeros(3 * stride, dtype=torch.uint8, device=DEVICE)
-    else:
-        path = tmp_path / "planes"
-        with path.open("wb") as file:
-            file.truncate(3 * stride)
-        flat = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.uint8)
+    flat = vast(tmp_path / "planes", 3 * stride, torch.uint8)
     planes = flat.view(3, stride)
     planes[:, : (n + 7) // 8] = draw_planes(3, n)
-    base, table, out = draw(n, torch.float32), draw_table(1, 3), poisoned(n, torch.float32)
+    base, table, out = draw(n, torch.float32), draw_table(1, 3), nans(n, torch.float32)
     reconstruct(base, planes, None, table, out)
     assert same(out, expected(base, planes[:, : (n + 7) // 8], None, table, torch.float32))
     codes = torch.empty(n, dtype=torch.uint8, device=DEVICE)
@@ -236,11 +201,9 @@ def test_planes_far_apart(tmp_path: Path) -> None:
 
 # -- what compilers make of it -------------------------------------------------------------
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 def case(dtype: torch.dtype, count: int, *, vector: bool, rows: bool, tile: int = BLOCK) -> Case:
-    name = _NAMES[dtype]
+    name = TRITON[dtype]
     types = {
         **dict.fromkeys(("base", "vector", "out"), f"*{name}"),
         "planes": "*u8",

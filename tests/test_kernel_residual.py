@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, sparse
+from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
@@ -115,8 +115,8 @@ def test_a_part_only_in_place() -> None:
 def test_past_the_31st_bit(tmp_path: Path) -> None:
     n = (1 << 31) + 3 * BLOCK + 5
     start = (1 << 31) + BLOCK
-    out = sparse(tmp_path, "out", n, torch.int8)
-    zigzag = sparse(tmp_path, "zigzag", n, torch.int8)
+    out = vast(tmp_path / "out", n, torch.int8)
+    zigzag = vast(tmp_path / "zigzag", n, torch.int8)
     actual = draw(n - start, torch.int8)
     out[start:] = draw(n - start, torch.int8, seed=7)
     zigzag[start:] = zigzag_of(actual, out[start:]).view(torch.int8)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from arenas import DEVICE, FLOATS, draw, draw_codes, draw_levels, packed, poisoned, same, vast
+from arenas import draw_codes, draw_levels, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_helpers import DEVICE, FLOATS, draw, nans, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 from seeds import SEED, arena, make, support
 
@@ -57,7 +58,7 @@ def check(code: SeededCode, base: torch.Tensor, dtype: torch.dtype) -> None:
     seeded.restore(code, base, out)
     assert same(out, base.to(dtype))
     for act, source in ((seeded.apply, wanted), (seeded.restore, base.to(dtype))):
-        around = poisoned(code.weights + 2 * BLOCK, dtype)
+        around = nans(code.weights + 2 * BLOCK, dtype)
         inside = around[BLOCK : BLOCK + code.weights]
         act(code, base, inside)
         assert same(inside[there], source[there])
@@ -168,7 +169,7 @@ def test_switching_equals_a_full_reconstruction(kind: str, monkeypatch: pytest.M
         assert len(found) == wanted
         plain.switch(old, new, base, plainly)
         assert same(out, dense(new, base, dtype)) and same(plainly, out)
-        out = poisoned(old.weights, dtype)
+        out = nans(old.weights, dtype)
         seeded.switch(old, new, base, out)
         either = steps(old)[1] | steps(new)[1]
         assert same(out[either], dense(new, base, dtype)[either]) and out[~either].isnan().all()

@@ -9,19 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from arenas import (
-    DEVICE,
-    FLOATS,
-    compact,
-    draw,
-    draw_codes,
-    draw_levels,
-    poisoned,
-    same,
-    vast,
-)
+from arenas import compact, draw_codes, draw_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_helpers import DEVICE, FLOATS, draw, nans, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
@@ -60,7 +51,7 @@ def check(code: SparseCode, base: torch.Tensor, dtype: torch.dtype, shape: Cut |
     sparse.restore(code, base, out, shape=shape)
     assert same(out, base.to(dtype))
     for act, source in ((sparse.apply, wanted), (sparse.restore, base.to(dtype))):
-        around = poisoned(code.weights + 2 * GROUP, dtype)
+        around = nans(code.weights + 2 * GROUP, dtype)
         act(code, base, around[GROUP : GROUP + code.weights], shape=shape)
         inside = around[GROUP : GROUP + code.weights]
         assert same(inside[there], source[there])
@@ -102,7 +93,7 @@ def test_each_block_has_its_row_of_levels() -> None:
     for count, shape in itertools.product((1, 2, 4), (None, *CUTS)):
         code = compact(draw_codes(n, 0.1, count), count, rows=rows)
         check(code, draw(n, torch.bfloat16), torch.float32, shape)
-        out, wanted = poisoned(n, torch.float32), poisoned(n, torch.float32)
+        out, wanted = nans(n, torch.float32), nans(n, torch.float32)
         sparse.apply(code, draw(n, torch.bfloat16), out)
         plain.apply(code, draw(n, torch.bfloat16), wanted)
         assert same(out, wanted)
@@ -189,7 +180,7 @@ def test_switching_equals_a_full_reconstruction(kind: str) -> None:
 def test_switching_writes_what_either_touches_and_nothing_else() -> None:
     n = 5 * GROUP + 13
     old, new = (compact(draw_codes(n, 0.02, k, seed=k), k, seed=k) for k in (1, 3))
-    base, out = draw(n, torch.bfloat16), poisoned(n, torch.bfloat16)
+    base, out = draw(n, torch.bfloat16), nans(n, torch.bfloat16)
     sparse.switch(old, new, base, out)
     either = touched(old) | touched(new)
     assert same(out[either], dense(new, base, torch.bfloat16)[either])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, sparse
+from kernel_helpers import DEVICE, draw_bytes, poison, poisoned, same, vast
 from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
@@ -72,8 +72,8 @@ def test_a_part_only() -> None:
 def test_past_the_31st_bit(tmp_path: Path) -> None:
     n = (1 << 31) + 3 * BLOCK + 5
     start = (1 << 31) + BLOCK
-    planes = sparse(tmp_path, "planes", 2 * ((n + 7) // 8), torch.uint8).view(2, -1)
-    out = sparse(tmp_path, "out", n, torch.uint8)
+    planes = vast(tmp_path / "planes", 2 * ((n + 7) // 8), torch.uint8).view(2, -1)
+    out = vast(tmp_path / "out", n, torch.uint8)
     planes[:, start // 8 :] = draw_bytes(2, (n - start + 7) // 8)
     unpack(planes, out, start=start)
     assert same(out[start:], expected(planes[:, start // 8 :], n - start))
@@ -82,7 +82,7 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
 
 def test_planes_far_from_each_other(tmp_path: Path) -> None:
     stride = (1 << 31) + 16
-    planes = sparse(tmp_path, "far", stride + 256, torch.uint8).as_strided((2, 256), (stride, 1))
+    planes = vast(tmp_path / "far", stride + 256, torch.uint8).as_strided((2, 256), (stride, 1))
     planes[:] = draw_bytes(2, 256)
     out = poison(2048)
     unpack(planes, out)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from arenas import DEVICE
+from kernel_helpers import DEVICE
 from seeds import SEED, make, mix, positions
 
 pytest.importorskip("triton")

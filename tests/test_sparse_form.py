@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from arenas import DEVICE, compact, draw_codes, draw_levels, packed, vast
+from arenas import compact, draw_codes, draw_levels, packed
+from kernel_helpers import DEVICE, vast
 from zoo import run_child
 
 pytest.importorskip("triton")
