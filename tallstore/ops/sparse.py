@@ -37,9 +37,9 @@ __all__ = [
 AnySparseCode = SparseCode | SeededCode
 
 #: Share of the weights that a switch touches, old and new together, from which one pass over all
-#: of them is faster. By the sectors of 32 bytes that random weights lie in, a switch in bfloat16
-#: moves as much as a dense pass without a vector at about 0.06; `bench.gpu.kernels sparse`
-#: measures it.
+#: of them is faster on CUDA. By the sectors of 32 bytes that random weights lie in, a switch in
+#: bfloat16 moves as much as a dense pass without a vector at about 0.06; `bench.gpu.kernels
+#: sparse` measures it. On the CPU a switch is faster at any density.
 DENSE_FROM: Final = 0.06
 
 
@@ -131,7 +131,7 @@ def switch_sparse(
     out: torch.Tensor,
     *,
     backend: str | None = None,
-    dense_from: float = DENSE_FROM,
+    dense_from: float | None = None,
 ) -> None:
     """From one code to another in place, touching only the weights that either does.
 
@@ -144,7 +144,8 @@ def switch_sparse(
     base, out
         As for `apply_sparse`, but two.
     dense_from
-        Share of the weights touched, old and new together, from which a full pass is made.
+        Share of the weights touched, old and new together, from which a full pass is made; None:
+        `DENSE_FROM` on CUDA, never on the CPU.
 
     Raises
     ------
@@ -155,8 +156,10 @@ def switch_sparse(
     before = _kernels(old, base, out, backend)
     if out.numel() and out.data_ptr() == base.data_ptr():
         raise MismatchError("out: it is the base itself, which a switch restores from")
-    planes = _planes_of(new) if density(old) + density(new) >= dense_from else None
-    if planes is not None:
+    if dense_from is None and out.device.type != "cpu":
+        dense_from = DENSE_FROM
+    many = dense_from is not None and density(old) + density(new) >= dense_from
+    if many and _planes_of(new) is not None:
         table, rows = _levels(new)
         full = expand_sparse(new, backend=backend)
         reconstruct(base, full, None, table, out, rows=rows, backend=backend)
