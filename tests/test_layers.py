@@ -53,6 +53,7 @@ LAYERS: list[set[str]] = [
         "ring",
         "mask_statistics",
         "masks",
+        "mergestream",
         "opening",
         "packing",
         "store",

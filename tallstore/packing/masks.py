@@ -13,10 +13,10 @@ from tallstore.coding import CodeStats, encode_tall, to_float32
 from tallstore.devices import Buffers, new_queue, on_device
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.layout import BLOCK
+from tallstore.mergestream.feed import block_weights, blocks
 from tallstore.ops import TallSums, choose_backend, reduce_sums
 from tallstore.ops import encode_tall as encode_tall_on
 from tallstore.packing.gathering import Candidate, Held
-from tallstore.packing.vector import block_weights, blocks
 
 __all__ = ["SpanMasks", "masks_on", "same_bytes", "tall_span"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
 from tallstore.devices import wanted_device
-from tallstore.documents import BaseDocument
+from tallstore.documents import BaseDocument, Contents
 from tallstore.dtypes import CODABLE
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
@@ -21,6 +21,7 @@ from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import EmptyZooError, MismatchError, OptionError, StoreExistsError
 from tallstore.layout import lay_out
 from tallstore.matching import match
+from tallstore.mergestream.survey import survey
 from tallstore.merging import MergeRule, merge_rule
 from tallstore.packing.base import write_base
 from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
@@ -29,7 +30,7 @@ from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks, masks_on
 from tallstore.packing.tasks import Target, encode_tasks
-from tallstore.packing.vector import survey, write_vector
+from tallstore.packing.vector import CandidateFeed, write_vector
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
@@ -46,15 +47,19 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _candidates(base: Source, tasks: Mapping[str, Source]) -> list[Candidate]:
-    from tallstore.documents import Contents
+def _rule(merge: str | MergeRule, tasks: Sequence[str]) -> MergeRule:
+    rule = merge_rule(merge)
+    if rule.masks:
+        raise OptionError(
+            f"merge={rule.name!r}: it takes stored masks, which are made for a shared vector; pack "
+            "with 'ta' or 'ties', then merge the store with it"
+        )
+    rule.check(tasks)
+    return rule
 
-    contents = Contents(
-        kind=base.kind,
-        tree=base.tree,
-        tensors=tuple(base.tensors),
-        segments=tuple(base.segments),
-    )
+
+def _candidates(base: Source, tasks: Mapping[str, Source]) -> list[Candidate]:
+    contents = _contents(base)
     layout = lay_out(contents.segments)
     if not any(arena.dtype in CODABLE and arena.weights for arena in layout.arenas):
         raise MismatchError(
@@ -73,6 +78,15 @@ def _candidates(base: Source, tasks: Mapping[str, Source]) -> list[Candidate]:
         )
         found.append(Candidate(check_task_name(name), source, plan, layout))
     return found
+
+
+def _contents(base: Source) -> Contents:
+    return Contents(
+        kind=base.kind,
+        tree=base.tree,
+        tensors=tuple(base.tensors),
+        segments=tuple(base.segments),
+    )
 
 
 def pack_zoo(
@@ -102,7 +116,7 @@ def pack_zoo(
         raise EmptyZooError(f"{path}: no tasks to pack; give NAME=PATH, or a directory of them")
     if vector_dtype not in CODABLE:
         raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(sorted(CODABLE))}")
-    rule = merge_rule(merge)
+    rule = _rule(merge, list(tasks))
     lambdas = check_lambdas(tall_lambda, evaluate=evaluate is not None)
     masks = masks_on(wanted_device(device))
     candidates = _candidates(base, tasks)
@@ -150,14 +164,8 @@ class _Packing:
         """Write the base, and merge the shared vector."""
         layout = lay_out(tuple(self._base.segments))
         surveying = self._meter.stage("survey", self._weights * rule.surveys)
-        rule = survey(
-            rule,
-            layout,
-            self._base.read,
-            self._candidates,
-            workers=self._pool,
-            progress=surveying,
-        )
+        feed = CandidateFeed(_contents(self._base), layout, self._base.read, self._candidates)
+        surveyed = survey(rule, feed, workers=self._pool, progress=surveying)
         with WriteSession(self._new.environment, self._manifest) as session:
             total = sum(segment.nbytes for segment in self._base.segments)
             record, document = write_base(
@@ -170,10 +178,8 @@ class _Packing:
             )
             vector = write_vector(
                 session,
-                rule,
-                layout,
-                self._base.read,
-                self._candidates,
+                surveyed,
+                feed,
                 dtype=dtype,
                 created=self._created,
                 workers=self._pool,

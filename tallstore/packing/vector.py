@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,110 +10,96 @@ import numpy.typing as npt
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
 from tallstore.coding import Floats, from_float32, to_float32
+from tallstore.documents import Contents
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.session import WriteSession
-from tallstore.layout import Arena, Layout
-from tallstore.merging import MergeRule
+from tallstore.layout import Layout
+from tallstore.mergestream.feed import Shapes, shapes
+from tallstore.mergestream.survey import Surveyed, merge_span, spans
 from tallstore.packing.encodings import elements
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.writing import Progress, SegmentReader, read_span
 from tallstore.workers import Workers
 
-__all__ = ["block_weights", "blocks", "survey", "write_vector"]
-
-#: Bytes of task vectors, all tasks together, that a thread holds at a time.
-_BUDGET: Final = 32 << 20
-_LARGEST: Final = 1 << 17
-_SMALLEST: Final = 1 << 13
+__all__ = ["CandidateFeed", "write_vector"]
 
 
-def block_weights(tasks: int) -> int:
-    """Weights a block: few enough for the cache, and for `tasks` of them at a time."""
-    fitting = _BUDGET // (4 * max(tasks, 1)) // _SMALLEST * _SMALLEST
-    return max(_SMALLEST, min(_LARGEST, fitting))
+class CandidateFeed:
+    """Task vectors of checkpoints about to be packed; implements `tallstore.mergestream.feed.Feed`.
+
+    Memory: the base's bytes of one span a thread, and one block of all tasks' vectors.
+    """
+
+    def __init__(
+        self, contents: Contents, layout: Layout, base: SegmentReader, tasks: Sequence[Candidate]
+    ) -> None:
+        used = {arena for task in tasks for arena in task.arenas()}
+        self.layout = layout
+        self.shapes: Shapes = shapes(contents.tensors, contents.segments)
+        self.candidates = tasks
+        self.tasks = tuple(task.name for task in tasks)
+        self.arenas = [
+            n for n, arena in enumerate(layout.arenas) if n in used and is_codable(arena.dtype)
+        ]
+        self._base = base
+
+    def open(self, arena: int, span: int) -> _Span:
+        """Read the base's span; the tasks are read block by block."""
+        return _Span(self, arena, span, read_span(self.layout, arena, span, self._base))
+
+    def held(self, arena: int, start: int, count: int) -> npt.NDArray[np.int64]:
+        """How many of the weights each checkpoint has."""
+        return np.array(
+            [
+                sum(item.stop - item.start for item in task.held(arena, start, count))
+                for task in self.candidates
+            ],
+            np.int64,
+        )
 
 
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the blocks of a span of `total` weights."""
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
+class _Span:
+    def __init__(self, feed: CandidateFeed, arena: int, span: int, base: Bytes) -> None:
+        record = feed.layout.arenas[arena]
+        self._tasks, self._arena, self._base, self._dtype = (
+            feed.candidates,
+            arena,
+            base,
+            record.dtype,
+        )
+        self._place = span * record.span
+        self._width = itemsize(record.dtype)
 
+    @property
+    def count(self) -> int:
+        return self._base.size // self._width
 
-def _task_vectors(
-    tasks: Sequence[Candidate], arena: int, start: int, base: Bytes, dtype: str
-) -> Floats:
-    """Task vectors of one block, shape (tasks, weights); what is not finite counts as unmoved."""
-    base32 = to_float32(base, dtype)
-    vectors = np.empty((len(tasks), base32.size), np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        for row, task in zip(vectors, tasks, strict=True):
-            np.subtract(task.gather_float32(arena, start, base, base32), base32, out=row)
-        if not np.isfinite(vectors.sum()):
-            np.nan_to_num(vectors, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    return vectors
+    @property
+    def nbytes(self) -> int:
+        return self._base.size * len(self._tasks)
 
+    def vectors(self, start: int, stop: int) -> Floats:
+        """Task vectors of one block; what is not finite counts as unmoved."""
+        base = self._base[start * self._width : stop * self._width]
+        base32 = to_float32(base, self._dtype)
+        vectors = np.empty((len(self._tasks), base32.size), np.float32)
+        place = self._place + start
+        with np.errstate(invalid="ignore", over="ignore"):
+            for row, task in zip(vectors, self._tasks, strict=True):
+                tuned = task.gather_float32(self._arena, place, base, base32)
+                np.subtract(tuned, base32, out=row)
+            if not np.isfinite(vectors.sum()):
+                np.nan_to_num(vectors, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        return vectors
 
-def _coded_arenas(layout: Layout, tasks: Sequence[Candidate]) -> list[tuple[int, Arena]]:
-    used = {arena for task in tasks for arena in task.arenas()}
-    return [(n, a) for n, a in enumerate(layout.arenas) if n in used and is_codable(a.dtype)]
-
-
-def _spans(arenas: Sequence[tuple[int, Arena]]) -> list[tuple[int, int]]:
-    return [(number, span) for number, arena in arenas for span in range(arena.spans)]
-
-
-def survey(
-    rule: MergeRule,
-    layout: Layout,
-    base: SegmentReader,
-    tasks: Sequence[Candidate],
-    *,
-    workers: Workers,
-    progress: Progress,
-) -> MergeRule:
-    """Make the passes over all task vectors that a rule asks for."""
-    arenas = _coded_arenas(layout, tasks)
-    weights = np.array([sum(t.weights(n) for n, _ in arenas) for t in tasks], np.int64)
-    size = block_weights(len(tasks))
-    while rule.surveys:
-        current = rule
-
-        def look(item: tuple[int, int], current: MergeRule = current) -> npt.NDArray[np.int64]:
-            arena, span = item
-            record = layout.arenas[arena]
-            data = read_span(layout, arena, span, base)
-            width = itemsize(record.dtype)
-            totals: list[npt.NDArray[np.int64]] = []
-            for start, stop in blocks(data.size // width, size):
-                piece = data[start * width : stop * width]
-                place = span * record.span + start
-                vectors = _task_vectors(tasks, arena, place, piece, record.dtype)
-                counted = current.survey(vectors)
-                totals = [totals[0] + counted] if totals else [counted]
-            progress(data.size * len(tasks))
-            return totals[0]
-
-        totals = list(_running_sum(workers.each(look, _spans(arenas))))
-        rule = rule.conclude(totals[-1], weights=weights)
-    return rule
-
-
-def _running_sum(
-    arrays: Iterator[npt.NDArray[np.int64]],
-) -> Iterator[npt.NDArray[np.int64]]:
-    total = None
-    for array in arrays:
-        total = array if total is None else total + array
-    if total is not None:
-        yield total
+    def masks(self, start: int, stop: int) -> None:
+        """Masks are what the vector is merged for: there are none yet."""
 
 
 def write_vector(
     session: WriteSession,
-    rule: MergeRule,
-    layout: Layout,
-    base: SegmentReader,
-    tasks: Sequence[Candidate],
+    surveyed: Surveyed,
+    feed: CandidateFeed,
     *,
     dtype: str,
     created: str,
@@ -122,35 +107,26 @@ def write_vector(
     progress: Progress,
 ) -> VectorRecord:
     """Merge the task vectors, round the result to `dtype`, and write it."""
-    arenas = _coded_arenas(layout, tasks)
+    layout = feed.layout
     width = itemsize(dtype)
-    writers = {n: session.stream(arena.span * width) for n, arena in arenas}
-    size = block_weights(len(tasks))
+    writers = {n: session.stream(layout.arenas[n].span * width) for n in feed.arenas}
 
     def merge(item: tuple[int, int]) -> None:
         arena, span = item
-        record = layout.arenas[arena]
-        data = read_span(layout, arena, span, base)
-        base_width = itemsize(record.dtype)
-        merged = np.empty(data.size // base_width * width, np.uint8)
-        for start, stop in blocks(data.size // base_width, size):
-            piece = data[start * base_width : stop * base_width]
-            place = span * record.span + start
-            vectors = _task_vectors(tasks, arena, place, piece, record.dtype)
-            rounded = from_float32(_finite(rule.merge(vectors), dtype), dtype)
-            merged[start * width : stop * width] = rounded
-        writers[arena].put(span, merged, encoding=elements(dtype))
-        progress(data.size * len(tasks))
+        opened = feed.open(arena, span)
+        merged = _finite(merge_span(surveyed, feed, arena, span, opened), dtype)
+        writers[arena].put(span, from_float32(merged, dtype), encoding=elements(dtype))
+        progress(opened.nbytes)
 
-    for _ in workers.each(merge, _spans(arenas)):
+    for _ in workers.each(merge, spans(feed)):
         pass
     numbers = [writers[n].number if n in writers else 0 for n in range(len(layout.arenas))]
     return VectorRecord(
         streams=tuple(numbers),
         dtype=dtype,
-        rule=rule.name,
-        parameters=dict(rule.parameters()),
-        tasks=tuple(task.name for task in tasks),
+        rule=surveyed.rule.name,
+        parameters=dict(surveyed.rule.parameters()),
+        tasks=feed.tasks,
         created=created,
     )
 
