@@ -1,8 +1,8 @@
 """tallstore: many full fine-tunes of one model in one file.
 
 `save` and `load` stand in for ``torch.save`` and ``torch.load``; `pack` puts a base and its
-fine-tunes into a store; `open` gives a handle on one. Importing this package imports neither
-torch nor triton.
+fine-tunes into a store; `merge` makes one model of them; `open` gives a handle on a store.
+Importing this package imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tallstore.errors import TallstoreError
 from tallstore.version import __version__
 
 if TYPE_CHECKING:
-    from tallstore.api import add, compact, load, open, pack, save
+    from tallstore.api import add, compact, load, merge, open, pack, save
     from tallstore.store import TallStore
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "compact",
     "errors",
     "load",
+    "merge",
     "open",
     "pack",
     "save",
@@ -33,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "TallStore": "tallstore.store",
-    **dict.fromkeys(("add", "compact", "load", "open", "pack", "save"), "tallstore.api"),
+    **dict.fromkeys(("add", "compact", "load", "merge", "open", "pack", "save"), "tallstore.api"),
 }
 
 

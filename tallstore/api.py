@@ -1,4 +1,4 @@
-"""The functions most people need: save, load, open, pack, add, compact."""
+"""The functions most people need: save, load, open, pack, merge, add, compact."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from tallstore.store import StorePath, TallStore, store_path
 if TYPE_CHECKING:
     import torch
 
+    from tallstore.mergestream.grid import EvaluateMerge
+    from tallstore.mergestream.merge import Merge
     from tallstore.merging import MergeRule
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
-__all__ = ["add", "compact", "load", "open", "pack", "save"]
+__all__ = ["add", "compact", "load", "merge", "open", "pack", "save"]
 
 
 def save(
@@ -187,7 +189,8 @@ def pack(
     tasks
         The fine-tunes by name, each given like `base`.
     merge
-        ``"ta"`` (the sum of the task vectors), ``"ties"``, or a rule object.
+        ``"ta"`` (the sum of the task vectors), ``"ties"``, any other name in
+        `tallstore.merging.RULES` that takes no masks, or a rule object.
     tall_lambda
         The masks' lambda; several to choose from by `evaluate`; None for the default.
     evaluate
@@ -263,6 +266,91 @@ def add(
     """
     with TallStore(path, "a", timeout=timeout) as store:
         return store.add(tasks, overwrite=overwrite, report=report)
+
+
+def merge(
+    path: StorePath,
+    out: StorePath | None = None,
+    *,
+    rule: str | MergeRule = "ta",
+    tasks: Sequence[str] | None = None,
+    alpha: float | Sequence[float] | None = None,
+    k: int | Sequence[int] | None = None,
+    private: str | None = None,
+    evaluate: EvaluateMerge | None = None,
+    as_task: str | None = None,
+    device: torch.device | str | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> Merge:
+    """Merge tasks of a store into one model: ``base + alpha * v``, v merged of the task vectors.
+
+    Computed in float32, span by span, and rounded once to the dtype of the model that is written;
+    where v is 0 a weight is the base's, bit for bit, and one task with alpha 1, by a rule that
+    keeps it whole (``"ta"``, ``"average"``, ``"varm"``), is that task, bit for bit. Memory is
+    bounded: about 512 MiB of decoded spans, whatever the size of the model; beyond a hundred tasks
+    4 MiB more for each; a search over alpha holds the merged vector as well. Task vectors come from the exact tier where a task has one. From masks
+    alone they are lossy, and `Merge.notes` says so; where the stored shared vector is the very one
+    that the rule merges, that is taken in their place.
+
+    Parameters
+    ----------
+    path
+        The store.
+    out
+        ``NAME.safetensors`` for one file, else a model directory to make. Without it, and without
+        `as_task`, the merged object is `Merge.state`.
+    rule
+        A name in `tallstore.merging.RULES`, such as ``"consensus-ties"``, or a rule object.
+    tasks
+        Which, in this order; None for all.
+    alpha
+        The scaling; several to choose from by `evaluate`. None: 0.1 .. 1.0 where there is an
+        `evaluate`, else 1 for rules that average and 0.3 for rules that sum.
+    k
+        For Consensus Merging: how many tasks have to use a weight; several to choose from. None:
+        1, 2, 3 where there is an `evaluate`, else 2.
+    private
+        Whose heads, buffers and files go in: a task's, or the ``"base"``'s, which leaves out what
+        the base lacks. Needed where the tasks differ in them.
+    evaluate
+        ``evaluate(state_dict) -> score``, higher is better, on validation data: called with the
+        merge just as it would be written. Ties go to the smallest k, then the smallest alpha.
+    as_task
+        Store the merge as a task of this name, an exact difference from the base.
+    device
+        Where the state dict is for `evaluate`, and `Merge.state`.
+    max_shard_size
+        Bytes of weights a file of a model directory; None for 5 GB.
+    overwrite
+        Replace the file at `out`, or the task of that name.
+    timeout, report
+        As for `save`.
+
+    Raises
+    ------
+    OptionError
+        A value out of range; a rule that takes masks, and a task without; tasks that differ in
+        what cannot be merged (the message lists the choices).
+    UnknownTaskError, StoreExistsError, TaskExistsError, TaskNameError, MismatchError
+    """
+    with TallStore(path, "r" if as_task is None else "a", timeout=timeout) as store:
+        return store.merge(
+            out,
+            rule=rule,
+            tasks=tasks,
+            alpha=alpha,
+            k=k,
+            private=private,
+            evaluate=evaluate,
+            as_task=as_task,
+            device=device,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            report=report,
+        )
 
 
 def compact(path: StorePath, *, timeout: float = 60.0) -> tuple[int, int]:

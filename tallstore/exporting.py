@@ -23,7 +23,7 @@ from tallstore.sources.safetensors_file import METADATA_FILE
 from tallstore.sources.safetensors_writer import SafetensorsWriter
 from tallstore.specs import TensorSpec, contiguous_stride
 
-__all__ = ["DEFAULT_SHARD", "export"]
+__all__ = ["DEFAULT_SHARD", "check_place", "export"]
 
 #: Bytes of tensors a shard, as other tools have it.
 DEFAULT_SHARD: Final = 5 * 10**9
@@ -57,7 +57,17 @@ def export(
     OptionError
         The task is a nest of objects, which no safetensors file can hold.
     """
+    check_place(loader, out, overwrite=overwrite)
     tensors = _flat(loader)
+    if out.suffix == ".safetensors":
+        _write_shards(loader, [(out, tensors)], progress)
+        return [out]
+    return _export_directory(loader, tensors, out, max_shard_size, progress)
+
+
+def check_place(loader: Loader, out: Path, *, overwrite: bool) -> None:
+    """Refuse what `export` would, before any work; raises as it does."""
+    _flat(loader)
     if out.exists() and not overwrite:
         raise StoreExistsError(f"{out}: there already; remove it, or name another place")
     if not out.parent.is_dir():
@@ -65,9 +75,8 @@ def export(
     if out.suffix == ".safetensors":
         if out.is_dir():
             raise StoreExistsError(f"{out}: a directory is in the way")
-        _write_shards(loader, [(out, tensors)], progress)
-        return [out]
-    return _export_directory(loader, tensors, out, max_shard_size, progress)
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise StoreExistsError(f"{out}: not an empty directory; name another place")
 
 
 def _flat(loader: Loader) -> list[TensorSpec]:
@@ -167,8 +176,6 @@ def _export_directory(
 ) -> list[Path]:
     if max_shard_size <= 0:
         raise OptionError(f"max_shard_size={max_shard_size}: a positive number of bytes")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise StoreExistsError(f"{out}: not an empty directory; name another place")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
     with lmdb_errors(out, doing="write"):
         temporary.mkdir()

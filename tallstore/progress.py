@@ -21,13 +21,13 @@ class Meter:
     """
 
     def __init__(self, report: Report | None) -> None:
-        self._report = report
+        self.report = report
         self._lock = threading.Lock()
 
     def stage(self, name: str, total: int) -> Callable[[int], None]:
         """Begin a stage of `total` bytes; returns what is to be called with each amount done."""
         done = 0
-        report = self._report
+        report = self.report
         if report is None:
             return lambda count: None
         report(name, 0, total)

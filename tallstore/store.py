@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tallstore.documents import SegmentStats
     from tallstore.loading import Loader
     from tallstore.mask_statistics import MaskStatistics
+    from tallstore.mergestream.grid import EvaluateMerge
+    from tallstore.mergestream.merge import Merge
+    from tallstore.merging import MergeRule
     from tallstore.progress import Report
     from tallstore.specs import TensorSpec
     from tallstore.storesource import StoreSource
@@ -248,6 +251,48 @@ class TallStore:
             overwrite=overwrite,
             progress=Meter(report).stage("unpack", total),
         )
+
+    def merge(
+        self,
+        out: StorePath | None = None,
+        *,
+        rule: str | MergeRule = "ta",
+        tasks: Sequence[str] | None = None,
+        alpha: float | Sequence[float] | None = None,
+        k: int | Sequence[int] | None = None,
+        private: str | None = None,
+        evaluate: EvaluateMerge | None = None,
+        as_task: str | None = None,
+        device: torch.device | str | None = None,
+        max_shard_size: int | None = None,
+        overwrite: bool = False,
+        report: Report | None = None,
+    ) -> Merge:
+        """Merge tasks into one model; see `tallstore.merge`."""
+        from tallstore.mergestream.merge import merge_tasks
+
+        if as_task is not None:
+            self._check_writing()
+        result = merge_tasks(
+            self._held(),
+            self._catalog,
+            rule=rule,
+            tasks=tasks,
+            alpha=alpha,
+            k=k,
+            private=private,
+            evaluate=evaluate,
+            out=None if out is None else store_path(out),
+            as_task=as_task,
+            device=device,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            timeout=self._timeout,
+            report=report,
+        )
+        if as_task is not None:
+            self.refresh()
+        return result
 
     def verify(self, *, report: Report | None = None) -> Verification:
         """Check every chunk and every document; damage is listed, not raised."""

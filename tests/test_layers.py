@@ -79,6 +79,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
         "loading",
         "ring",
         "mask_statistics",
+        "mergestream",
         "objects",
         "ops",
         "workers",

@@ -21,6 +21,7 @@ PUBLIC = [
     "compact",
     "errors",
     "load",
+    "merge",
     "open",
     "pack",
     "save",
@@ -70,6 +71,7 @@ def test_signatures_are_pinned() -> None:
     positional = {
         "save": ["obj", "path"],
         "load": ["path"],
+        "merge": ["path", "out"],
         "open": ["path", "mode"],
         "pack": ["path", "base", "tasks"],
         "add": ["path", "tasks"],
@@ -99,7 +101,7 @@ def test_every_public_thing_has_a_docstring() -> None:
         assert inspect.getdoc(getattr(tallstore, name)), name
     for name, member in public_members(tallstore.TallStore).items():
         assert inspect.getdoc(member), f"TallStore.{name}"
-    for name in ("save", "load", "pack"):
+    for name in ("save", "load", "pack", "merge"):
         text = inspect.getdoc(getattr(tallstore, name)) or ""
         for parameter in inspect.signature(getattr(tallstore, name)).parameters:
             assert re.search(rf"\b{parameter}\b", text), f"{name}: {parameter}"

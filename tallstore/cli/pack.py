@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
+from tallstore.cli.merge import RULE_NAMES
 from tallstore.cli.options import (
     device_option,
     examples,
@@ -21,7 +22,11 @@ from tallstore.cli.progressbar import Progress
 from tallstore.cli.zoo import read_tasks, split_store
 from tallstore.errors import StoreExistsError
 
-__all__ = ["pack"]
+__all__ = ["MASKLESS", "pack"]
+
+#: The rules that need no masks: those are made for the vector.
+MASKLESS: Final = tuple(name for name in RULE_NAMES if not name.startswith("consensus"))
+_OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
 
 
 @click.command(
@@ -34,10 +39,11 @@ __all__ = ["pack"]
 @click.option("--base", required=True, metavar="PATH", help="The pretrained checkpoint.")
 @click.option(
     "--merge",
-    type=click.Choice(["ta", "ties"]),
+    type=click.Choice(MASKLESS),
     default="ta",
     show_default=True,
-    help="Shared vector: the sum of the task vectors (ta), or TIES.",
+    metavar="RULE",
+    help=f"Shared vector: the sum of the task vectors (ta), ties, or {', '.join(_OTHERS)}.",
 )
 @click.option(
     "--tall-lambda",

@@ -11,6 +11,7 @@ from tallstore.cli.demo import demo
 from tallstore.cli.failing import CarefulGroup
 from tallstore.cli.info import info
 from tallstore.cli.ls import ls
+from tallstore.cli.merge import merge
 from tallstore.cli.options import examples
 from tallstore.cli.pack import pack
 from tallstore.cli.report import report
@@ -50,5 +51,19 @@ def root() -> None:
     """
 
 
-for _command in (pack, add, ls, info, stats, report, unpack, verify, rm, compact, demo, completion):
+for _command in (
+    pack,
+    add,
+    ls,
+    info,
+    stats,
+    report,
+    unpack,
+    merge,
+    verify,
+    rm,
+    compact,
+    demo,
+    completion,
+):
     root.add_command(_command)

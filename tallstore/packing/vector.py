@@ -15,6 +15,7 @@ from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.session import WriteSession
 from tallstore.layout import Layout
 from tallstore.mergestream.feed import Shapes, shapes
+from tallstore.mergestream.rounding import finite
 from tallstore.mergestream.survey import Surveyed, merge_span, spans
 from tallstore.packing.encodings import elements
 from tallstore.packing.gathering import Candidate
@@ -114,7 +115,7 @@ def write_vector(
     def merge(item: tuple[int, int]) -> None:
         arena, span = item
         opened = feed.open(arena, span)
-        merged = _finite(merge_span(surveyed, feed, arena, span, opened), dtype)
+        merged = finite(merge_span(surveyed, feed, arena, span, opened), dtype)
         writers[arena].put(span, from_float32(merged, dtype), encoding=elements(dtype))
         progress(opened.nbytes)
 
@@ -129,11 +130,3 @@ def write_vector(
         tasks=feed.tasks,
         created=created,
     )
-
-
-def _finite(merged: Floats, dtype: str) -> Floats:
-    """Keep the stored vector finite: a sum can overflow, the more so in float16."""
-    largest = np.float32(65504.0) if dtype == "float16" else np.finfo(np.float32).max
-    if dtype == "bfloat16":
-        largest = np.float32(3.3895314e38)
-    return np.clip(merged, -largest, largest)
