@@ -291,9 +291,11 @@ def merge(
     where v is 0 a weight is the base's, bit for bit, and one task with alpha 1, by a rule that
     keeps it whole (``"ta"``, ``"average"``, ``"varm"``), is that task, bit for bit. Memory is
     bounded: about 512 MiB of decoded spans, whatever the size of the model; beyond a hundred tasks
-    4 MiB more for each; a search over alpha holds the merged vector as well. Task vectors come from the exact tier where a task has one. From masks
-    alone they are lossy, and `Merge.notes` says so; where the stored shared vector is the very one
-    that the rule merges, that is taken in their place.
+    4 MiB more for each; a search over alpha holds the merged vector as well.
+
+    Task vectors come from the exact tier where a task has one. From masks alone they are lossy,
+    and `Merge.notes` says so; where the stored shared vector is the very one that the rule merges,
+    that is taken in their place.
 
     Parameters
     ----------
