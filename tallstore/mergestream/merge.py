@@ -108,7 +108,7 @@ def merge_tasks(
         merging.store(loader, as_task, overwrite, timeout)
         return replace(result, task=as_task)
     # The last one loaded is not kept over the search: two models in memory are one too many.
-    return replace(result, state=merging.load(loader, device))
+    return replace(result, state=merging.load(loader))
 
 
 def _rules(
@@ -208,11 +208,13 @@ class _Merging:
                 surveyed = replace(surveyed, kept={})
             for alpha in alphas:
                 blend = replace(surveyed, alpha=alpha)
-                loader = MergedLoader(self._snapshot, self._catalog, like=self._like, blend=blend)
+                loader = MergedLoader(
+                    self._snapshot, self._catalog, like=self._like, blend=blend, device=device
+                )
                 found = self._result(rule, blend)
                 if evaluate is not None:
                     what = f"{rule.name}, {dict(rule.parameters())}, alpha {alpha}"
-                    score = score_of(evaluate, self.load(loader, device), what)
+                    score = score_of(evaluate, self.load(loader), what)
                     found = replace(found, score=score)
                 if best is None or _better(found, best[0]):
                     best = found, loader
@@ -239,9 +241,9 @@ class _Merging:
         total = sum(segment.nbytes for segment in loader.contents.segments)
         return self._meter.stage("merge", total)
 
-    def load(self, loader: MergedLoader, device: torch.device | str | None) -> Any:
+    def load(self, loader: MergedLoader) -> Any:
         """The merged object in memory, just as it would be written."""
-        return loader.load(device=device, progress=self._stage(loader))
+        return loader.load(progress=self._stage(loader))
 
     def write(self, loader: MergedLoader, out: Path, shard: int, overwrite: bool) -> list[Path]:
         """A safetensors file, or a model directory."""

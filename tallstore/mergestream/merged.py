@@ -6,11 +6,13 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
 from tallstore.decoding import Run
-from tallstore.dtypes import is_codable, itemsize
+from tallstore.devices import on_device
+from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.loading import Loader, Progress, Put, no_progress
 from tallstore.mergestream.blend import Blend, BlendedSpan
@@ -32,14 +34,35 @@ class MergedLoader(Loader):
     ----------
     like
         A task's name; None for the base.
+    device
+        Where `load` leaves it; merged it is on the CPU.
     """
 
     def __init__(
-        self, snapshot: Snapshot, catalog: Catalog, *, like: str | None, blend: Blend
+        self,
+        snapshot: Snapshot,
+        catalog: Catalog,
+        *,
+        like: str | None,
+        blend: Blend,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(snapshot, catalog, task=like)
+        super().__init__(snapshot, catalog, task=like, device=device)
         self.what = f"{snapshot.path}: merge of {', '.join(map(repr, blend.feed.tasks))}"
         self._blend = blend
+
+    def _load_on(
+        self, device: torch.device, kinds: Mapping[int, str], progress: Progress
+    ) -> dict[int, torch.Tensor]:
+        memory = {n: np.empty(self.contents.segments[n].nbytes, np.uint8) for n in kinds}
+        self.stream(list(kinds), targets=memory, progress=progress)
+        moved = {}
+        with on_device(device, f"loading {self.what}"):
+            for number, kind in kinds.items():
+                stored = torch_dtype(self.contents.segments[number].dtype)
+                typed = torch.from_numpy(memory.pop(number)).view(stored)
+                moved[number] = typed.to(device, torch_dtype(kind)).view(torch.uint8)
+        return moved
 
     def merges(self, key: _Key) -> bool:
         """Whether a span holds merged weights."""
