@@ -5,14 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tallstore import strictjson
+from tallstore.dtypes import CODABLE
 from tallstore.errors import CorruptStoreError, TaskNameError
 
-__all__ = ["BaseRecord", "Catalog", "TaskRecord", "VectorRecord", "check_task_name"]
+__all__ = [
+    "EXTERNAL_BASE",
+    "BaseRecord",
+    "Catalog",
+    "TaskRecord",
+    "VectorRecord",
+    "check_task_name",
+]
 
-_MAX_NAME = 255
+#: What a store needs of its readers whose base is in another store.
+EXTERNAL_BASE: Final = "external-base"
+#: Everything that a store can need and that this version knows.
+_FEATURES: Final = (EXTERNAL_BASE,)
+_CODES: Final = ("tall", "none")
+_MAX_NAME: Final = 255
 
 
 def check_task_name(name: object) -> str:
@@ -40,7 +53,8 @@ def check_task_name(name: object) -> str:
 
 
 def _read(cls: type[Any], record: Mapping[str, Any], what: str) -> Any:
-    """A flat dataclass from its JSON; unknown fields are left for newer programs."""
+    """A flat dataclass from its JSON."""
+    strictjson.only(record, (entry.name for entry in dataclasses.fields(cls)), what=what)
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(cls):
         kind = {"str": str, "int": int, "float": float, "bool": bool}.get(str(entry.type))
@@ -52,6 +66,8 @@ def _read(cls: type[Any], record: Mapping[str, Any], what: str) -> Any:
             values[entry.name] = tuple(strictjson.list_field(record, entry.name, str, what=what))
         elif str(entry.type) == "float | None":
             values[entry.name] = strictjson.optional(record, entry.name, float, what=what)
+        elif str(entry.type) == "str | None":
+            values[entry.name] = strictjson.optional(record, entry.name, str, what=what)
         else:
             values[entry.name] = strictjson.str_keys(record, entry.name, what=what)
     return cls(**values)
@@ -76,6 +92,16 @@ class BaseRecord:
     """Bytes of the original's tensors and files."""
     created: str
     """ISO 8601, UTC."""
+    external: str | None = None
+    """Path of the store that has the base's elements, absolute or from this store's directory;
+    None where this one has them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest; stores with a base of their own know no `external`."""
+        record = dataclasses.asdict(self)
+        if self.external is None:
+            del record["external"]
+        return record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,17 +171,36 @@ class Catalog:
             live += [stream for stream in self.vector.streams if stream]
         return frozenset(live)
 
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What a reader has to know beyond format version 1."""
+        return (EXTERNAL_BASE,) if self.base is not None and self.base.external is not None else ()
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
         return {
-            "base": self.base and dataclasses.asdict(self.base),
+            **({"requires": list(self.requires)} if self.requires else {}),
+            "base": self.base and self.base.to_json(),
             "vector": self.vector and dataclasses.asdict(self.vector),
             "tasks": {name: dataclasses.asdict(task) for name, task in self.tasks.items()},
         }
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any], *, what: str) -> Catalog:
-        """Read what `to_json` wrote; raises CorruptStoreError at anything else."""
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        NewerFormatError
+            Something in it is unknown to this version.
+        CorruptStoreError
+            It is anything else.
+        """
+        if "requires" in body:
+            for name in strictjson.list_field(body, "requires", str, what=what):
+                if name not in _FEATURES:
+                    raise strictjson.newer(what, f"it needs {name[:80]!r}", _FEATURES)
+        strictjson.only(body, ("requires", "base", "vector", "tasks"), what=what)
         base = strictjson.optional(body, "base", dict, what=what)
         vector = strictjson.optional(body, "vector", dict, what=what)
         tasks: dict[str, TaskRecord] = {}
@@ -165,9 +210,29 @@ class Catalog:
             except TaskNameError as exc:
                 raise CorruptStoreError(f"{what}: {exc}") from exc
             place = f"{what}: task {name!r}"
-            tasks[name] = _read(TaskRecord, strictjson.fields(record, what=place), place)
-        return cls(
+            tasks[name] = _read_task(strictjson.fields(record, what=place), place)
+        catalog = cls(
             base=None if base is None else _read(BaseRecord, base, f"{what}: base"),
-            vector=None if vector is None else _read(VectorRecord, vector, f"{what}: vector"),
+            vector=None if vector is None else _read_vector(vector, f"{what}: vector"),
             tasks=tasks,
         )
+        if list(catalog.requires) != body.get("requires", []):
+            raise CorruptStoreError(f"{what}: what it needs contradicts what it holds")
+        return catalog
+
+
+def _read_task(record: Mapping[str, Any], what: str) -> TaskRecord:
+    task: TaskRecord = _read(TaskRecord, record, what)
+    if task.code not in _CODES:
+        raise strictjson.newer(what, f"a code {task.code[:80]!r}", map(repr, _CODES))
+    if task.bits > 1:
+        raise strictjson.newer(what, f"a code of {task.bits} planes", ["at most 1"])
+    return task
+
+
+def _read_vector(record: Mapping[str, Any], what: str) -> VectorRecord:
+    # The rule is for people: reading takes no more than the vector, by whichever rule it was made.
+    vector: VectorRecord = _read(VectorRecord, record, what)
+    if vector.dtype not in CODABLE:
+        raise strictjson.newer(what, f"a dtype {vector.dtype[:80]!r}", sorted(CODABLE))
+    return vector

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tallstore.catalog import Catalog
 from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
-from tallstore.errors import CorruptStoreError, TallstoreError
+from tallstore.errors import CorruptStoreError, NewerFormatError, TallstoreError
 from tallstore.loading import Loader, Progress, no_progress
 from tallstore.workers import workers
 
@@ -70,7 +70,7 @@ def verify_snapshot(
         stream, chunk = item
         try:
             snapshot.read_chunk(stream, chunk, None)
-        except CorruptStoreError as exc:
+        except (CorruptStoreError, NewerFormatError) as exc:
             return Problem(str(exc), tuple(owners.get(stream.number, ())))
         finally:
             progress(stream.stored // max(stream.chunks, 1))

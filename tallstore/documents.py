@@ -24,6 +24,7 @@ __all__ = [
     "ArenaCode",
     "BaseDocument",
     "Contents",
+    "ExternalReference",
     "Part",
     "SegmentStats",
     "StoredFile",
@@ -40,6 +41,11 @@ OWN: Final = "o"
 
 _MAX_COUNT: Final = 1 << 60
 _CONJ, _NEG, _PARAMETER, _REQUIRES_GRAD = 1, 2, 4, 8
+_FLAGS: Final = _CONJ | _NEG | _PARAMETER | _REQUIRES_GRAD
+#: The fields of documents.
+_CONTENTS: Final = ("kind", "tree", "tensors", "segments", "files")
+_BASE: Final = (*_CONTENTS, "streams")
+_TASK: Final = (*_CONTENTS, "parts", "own", "own_streams", "codes", "stats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +74,17 @@ def _size(dtype: object, what: str) -> str:
     try:
         itemsize(dtype)
     except UnsupportedObjectError as exc:
-        raise CorruptStoreError(f"{what}: {exc}") from exc
+        known = ["those of torch"]
+        raise strictjson.newer(what, f"a dtype {dtype[:80]!r}", known) from exc
     return dtype
 
 
 def _items(record: object, count: int, what: str) -> list[Any]:
-    if not isinstance(record, list) or len(record) != count:
+    if not isinstance(record, list) or len(record) < count:
         raise CorruptStoreError(f"{what}: {str(record)[:80]} where {count} items are expected")
+    if len(record) > count:
+        found = f"{str(record)[:80]}, a record of {len(record)} items"
+        raise strictjson.newer(what, found, [f"records of {count} there"])
     return record
 
 
@@ -97,7 +107,9 @@ def _tensor_from_json(record: object, segments: int, what: str) -> TensorSpec:
         raise CorruptStoreError(f"{what}: a tensor's name is no text")
     numbers = _ints([segment, offset, flags], 3, what)
     sizes = tuple(_ints(shape, None, what))
-    if numbers[0] >= segments or numbers[2] > 15:
+    if numbers[2] > _FLAGS:
+        raise strictjson.newer(f"{what}: tensor {name[:80]!r}", f"flags {flags}", ["1, 2, 4, 8"])
+    if numbers[0] >= segments:
         raise CorruptStoreError(f"{what}: tensor {name!r} is malformed")
     return TensorSpec(
         name=name,
@@ -168,7 +180,7 @@ class Contents:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, what: str) -> Contents:
-        """Read what `to_json` wrote; raises CorruptStoreError at anything else."""
+        """Read what `to_json` wrote; refuses anything else."""
         segments = _segments_from_json(record.get("segments"), what)
         tensors = tuple(
             _tensor_from_json(item, len(segments), what)
@@ -191,13 +203,25 @@ class Contents:
         )
 
 
-def _parse(data: bytes, what: str) -> dict[str, Any]:
+def _parse(data: bytes, known: Sequence[str], what: str) -> dict[str, Any]:
     record = strictjson.loads(data, what=what, max_bytes=MAX_DOCUMENT)
-    return strictjson.fields(record, what=what)
+    found = strictjson.fields(record, what=what)
+    strictjson.only(found, known, what=what)
+    return found
 
 
 def _streams(record: object, layout: Layout, what: str) -> tuple[int, ...]:
     return tuple(_ints(record, len(layout.arenas), what))
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalReference:
+    """Where the elements of a base are that is in another store."""
+
+    path: str
+    """As recorded: absolute, or from the directory of the store that refers to it."""
+    identity: str
+    """Of the base that is meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +230,8 @@ class BaseDocument:
 
     contents: Contents
     streams: tuple[int, ...]
+    """All 0 where `external` says where the elements are."""
+    external: ExternalReference | None = None
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -216,12 +242,27 @@ class BaseDocument:
         return strictjson.dumps({**self.contents.to_json(), "streams": list(self.streams)})
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, what: str) -> BaseDocument:
-        """Read a document; raises CorruptStoreError where it is malformed."""
-        record = _parse(data, what)
+    def from_bytes(
+        cls, data: bytes, *, external: ExternalReference | None = None, what: str
+    ) -> BaseDocument:
+        """Read a document.
+
+        Parameters
+        ----------
+        external
+            Where its elements are, if not in the same store.
+
+        Raises
+        ------
+        CorruptStoreError, NewerFormatError
+            It is malformed, or holds what this version does not know.
+        """
+        record = _parse(data, _BASE, what)
         contents = Contents.from_json(record, what=what)
-        layout = lay_out(contents.segments)
-        return cls(contents=contents, streams=_streams(record.get("streams"), layout, what))
+        streams = _streams(record.get("streams"), lay_out(contents.segments), what)
+        if external is not None and any(streams):
+            raise CorruptStoreError(f"{what}: streams of elements that are in another store")
+        return cls(contents=contents, streams=streams, external=external)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +342,10 @@ class TaskDocument:
         ------
         CorruptStoreError
             It is malformed, or does not fit the base.
+        NewerFormatError
+            It holds what this version does not know.
         """
-        record = _parse(data, what)
+        record = _parse(data, _TASK, what)
         contents = Contents.from_json(record, what=what)
         own = _segments_from_json(record.get("own"), what)
         codes = tuple(
@@ -340,8 +383,10 @@ def _code_from_json(record: object, layout: Layout, what: str) -> ArenaCode:
 
 def _part_from_json(record: object, what: str) -> Part:
     kind, *numbers = _items(record, 4, what)
+    if type(kind) is not str:
+        raise CorruptStoreError(f"{what}: a part whose kind is no text")
     if kind not in (BASE, CODE, OWN):
-        raise CorruptStoreError(f"{what}: a part of unknown kind {kind!r}")
+        raise strictjson.newer(what, f"a part of kind {kind[:80]!r}", (BASE, CODE, OWN))
     return Part(kind, *_ints(numbers, 3, what))
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tallstore.catalog import BaseRecord, Catalog, TaskRecord, VectorRecord
 from tallstore.engine.environment import open_environment
-from tallstore.engine.manifest import FORMAT_VERSION
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import (
     CorruptStoreError,
@@ -108,7 +107,7 @@ class TallStore:
     @property
     def format_version(self) -> int:
         """Version of the format that the file is written in."""
-        return FORMAT_VERSION  # any other is refused at opening
+        return self._held().manifest.format_version
 
     @property
     def written_by(self) -> str:

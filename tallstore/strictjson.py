@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
-from tallstore.errors import CorruptStoreError
+from tallstore.errors import CorruptStoreError, NewerFormatError
+from tallstore.version import __version__
 
-__all__ = ["dumps", "field", "fields", "list_field", "loads", "optional", "str_keys"]
+__all__ = [
+    "dumps",
+    "field",
+    "fields",
+    "list_field",
+    "loads",
+    "newer",
+    "only",
+    "optional",
+    "str_keys",
+]
 
 _T = TypeVar("_T")
 
@@ -63,6 +74,40 @@ def fields(record: object, *, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CorruptStoreError(f"{what} is not an object but {type(record).__name__}")
     return cast("dict[str, Any]", record)
+
+
+def newer(what: str, found: str, known: Iterable[object]) -> NewerFormatError:
+    """The refusal of what a later tallstore wrote.
+
+    Parameters
+    ----------
+    what
+        Where it stands.
+    found
+        What is there: ``"codec 7"``.
+    known
+        What could be there.
+    """
+    names = ", ".join(map(str, known))
+    return NewerFormatError(
+        f"{what}: {found}, of which tallstore {__version__} knows nothing (it knows {names}); "
+        "update tallstore"
+    )
+
+
+def only(record: Mapping[str, Any], known: Iterable[str], *, what: str) -> None:
+    """Refuse fields that this version does not know.
+
+    They may change what the others mean; and a writer that left them out would lose them.
+
+    Raises
+    ------
+    NewerFormatError
+    """
+    names = list(known)
+    unknown = [name for name in record if name not in names]
+    if unknown:
+        raise newer(what, f"a field {unknown[0][:80]!r}", names)
 
 
 def field(record: Mapping[str, Any], name: str, kind: type[_T], *, what: str) -> _T:

@@ -283,7 +283,8 @@ def test_a_newer_format_version(stored: Stored) -> None:
     def patch(items: dict[bytes, bytes]) -> None:
         value = bytearray(items[MANIFEST_KEY])
         assert value[8:12] == (1).to_bytes(4, "little")
-        value[8:12] = (2).to_bytes(4, "little")
+        value[8:12] = (3).to_bytes(4, "little")
+        value[32:] = reversed(value[32:])  # nobody knows what will stand there
         items[MANIFEST_KEY] = bytes(value)
 
     rewrite(stored.path, patch)
@@ -291,7 +292,8 @@ def test_a_newer_format_version(stored: Stored) -> None:
     for use in every_use(stored.path):
         with refused(
             NewerFormatError,
-            f"{stored.path}: written in format version 2, this tallstore reads version 1; update",
+            f"{stored.path}: written in format version 3, tallstore {tallstore.__version__} reads "
+            "versions 1 and 2; update tallstore",
         ):
             use()
     assert stored.path.read_bytes() == before

@@ -18,7 +18,12 @@ import torch
 from helpers import assert_same
 
 from tallstore.dtypes import dtype_name, itemsize
-from tallstore.errors import CheckpointError, CorruptStoreError, UnsupportedObjectError
+from tallstore.errors import (
+    CheckpointError,
+    CorruptStoreError,
+    NewerFormatError,
+    UnsupportedObjectError,
+)
 from tallstore.objects import ObjectSource, assemble, build_tensor, flat_tree
 from tallstore.specs import TensorSpec
 
@@ -694,7 +699,6 @@ def test_200_containers_are_not_too_deep() -> None:
         {"$tensor": "0"},
         {"$tensor": 0, "x": 1},
         {"a": 1, "$tensor": 0},
-        {"$code": "print()"},
         {"$tuple": 3},
         {"$set": [1, 1]},
         {"$set": [[1]]},
@@ -705,7 +709,7 @@ def test_200_containers_are_not_too_deep() -> None:
         {"$odict": 1},
         {"$metadata": {}},
         {"$odict": {"$x": 1}, "$metadata": {}, "y": 1},
-        {"$odict": {}, "$metadata": {"$x": 1}},
+        {"$odict": {}, "$metadata": {"$int": 1}},
         {"$int": "12"},
         {"$int": "0x"},
         {"$int": 3},
@@ -770,6 +774,11 @@ def test_malformed_trees_are_refused(tree: Any) -> None:
     for wrapped in (tree, [tree], {"a": {"$tuple": [tree]}}):
         with pytest.raises(CorruptStoreError, match="malformed"):
             assemble(wrapped, tensors)
+
+
+def test_a_tag_of_a_later_version_is_refused() -> None:
+    with pytest.raises(NewerFormatError, match=r"a tag '\$code'.*knows \$odict, .*; update"):
+        assemble([{"$code": "print()"}], [])
 
 
 def test_sparse_indices_out_of_bounds_are_refused() -> None:

@@ -15,6 +15,7 @@ import xxhash
 
 from tallstore.codecs import CODECS, RAW, Bytes, Codec
 from tallstore.errors import ChecksumError, CorruptStoreError
+from tallstore.strictjson import newer
 
 __all__ = [
     "HEADER_SIZE",
@@ -31,7 +32,8 @@ MAX_CHUNK: Final = 16 << 20
 HEADER_SIZE: Final = 48
 
 _MAGIC: Final = b"TSC1"
-_HEAD: Final = struct.Struct("<4sBB2xQQ8x")  # magic, codec, parameter, raw size, payload size
+# magic, codec, parameter, zero, raw size, payload size, zero
+_HEAD: Final = struct.Struct("<4sBBHQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def seal_chunk(buffer: ChunkBuffer, *, store: bytes, key: bytes, encoding: Encod
         whole, number = ChunkBuffer.of(len(payload)).whole, codec.number
         np.copyto(whole[HEADER_SIZE:], np.frombuffer(payload, np.uint8))
     chunk = whole.data
-    _HEAD.pack_into(chunk, 0, _MAGIC, number, parameter, data.size, len(chunk) - HEADER_SIZE)
+    size = len(chunk) - HEADER_SIZE
+    _HEAD.pack_into(chunk, 0, _MAGIC, number, parameter, 0, data.size, size, 0)
     chunk[32:48] = _digest(store, key, chunk[:32], chunk[HEADER_SIZE:])
     return chunk
 
@@ -146,13 +149,15 @@ def check_chunk(chunk: memoryview, *, store: bytes, key: bytes, what: str) -> Ch
         The bytes are not those that were written, or were written elsewhere.
     CorruptStoreError
         The envelope is malformed.
+    NewerFormatError
+        It is as it was written, by a later tallstore.
     """
     if len(chunk) < HEADER_SIZE:
         raise CorruptStoreError(f"{what}: {len(chunk)} bytes are too few for a chunk")
-    magic, number, parameter, raw_size, size = _HEAD.unpack_from(chunk)
-    if magic != _MAGIC:
-        raise CorruptStoreError(f"{what}: no chunk starts here (magic {bytes(magic)!r})")
+    magic, number, parameter, flags, raw_size, size, reserved = _HEAD.unpack_from(chunk)
     payload = chunk[HEADER_SIZE:]
+    if magic[:3] != _MAGIC[:3]:
+        raise CorruptStoreError(f"{what}: no chunk starts here (magic {bytes(magic)!r})")
     if size != len(payload):
         raise CorruptStoreError(f"{what}: {len(payload)} bytes stored, {size} announced")
     if _digest(store, key, chunk[:32], payload) != bytes(chunk[32:48]):
@@ -162,9 +167,14 @@ def check_chunk(chunk: memoryview, *, store: bytes, key: bytes, what: str) -> Ch
         )
     if raw_size > MAX_CHUNK:
         raise CorruptStoreError(f"{what}: a raw size of {raw_size} bytes is over the cap")
+    # The checksum is right, so the header is what somebody wrote: nothing below is damage.
+    if magic != _MAGIC:
+        raise newer(what, f"a chunk of version {bytes(magic[3:])!r}", [repr(_MAGIC[3:])])
+    if flags or reserved:
+        raise newer(what, f"flags {flags:#x}, {reserved:#x} in a chunk's header", ["none there"])
     codec = CODECS.get(number)
     if codec is None:
-        raise CorruptStoreError(f"{what}: unknown codec {number}; update tallstore")
+        raise newer(what, f"codec {number}", sorted(CODECS))
     if codec is RAW and raw_size != size:
         raise CorruptStoreError(f"{what}: {size} bytes stored as they are, of {raw_size}")
     return CheckedChunk(codec, parameter, raw_size, payload)

@@ -79,7 +79,8 @@ def check_data_file(path: Path) -> DataFile:
             raise NotAStoreError(f"{path}: not a tallstore file (no LMDB magic number)")
         if version != _DATA_VERSION:
             raise NewerFormatError(
-                f"{path}: LMDB data version {version}, tallstore keeps version {_DATA_VERSION}"
+                f"{path}: LMDB data version {version}, tallstore keeps version {_DATA_VERSION}; "
+                "update tallstore"
             )
         first = _meta(head)
         page_size = first.page_size if first else os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,7 @@ from typing import Final
 
 from tallstore.engine.chunk import MAX_CHUNK
 from tallstore.errors import CorruptStoreError
+from tallstore.strictjson import newer
 
 __all__ = ["MANIFEST_KEY", "Stream", "chunk_key", "split_key"]
 
@@ -62,9 +63,11 @@ class Stream:
 
         Raises
         ------
-        CorruptStoreError
+        CorruptStoreError, NewerFormatError
             It is anything else.
         """
+        if isinstance(record, list) and len(record) > 4:
+            raise newer("manifest", f"a stream's record of {len(record)} items", ["records of 4"])
         if not (
             isinstance(record, list)
             and len(record) == 4

@@ -24,14 +24,19 @@ from tallstore.engine.chunk import (
     seal_chunk,
 )
 from tallstore.engine.keys import MANIFEST_KEY, Stream
-from tallstore.errors import CorruptStoreError, NewerFormatError, NotAStoreError
+from tallstore.errors import ChecksumError, CorruptStoreError, NewerFormatError, NotAStoreError
+from tallstore.version import __version__
 
-__all__ = ["FORMAT_VERSION", "Manifest"]
+__all__ = ["FORMAT_VERSIONS", "Manifest"]
 
-#: Raised by every change that an older tallstore would misread.
-FORMAT_VERSION: Final = 1
+#: The versions that are read. Version 2 is version 1 with a list of what a reader has to know: a
+#: store that needs nothing beyond version 1 is written in that, byte for byte as ever.
+FORMAT_VERSIONS: Final = (1, 2)
+#: The field of the body that makes a store one of version 2.
+_REQUIRES: Final = "requires"
+_FIELDS: Final = ("generation", "next_stream", "written_by", "streams", "body")
 
-_PREFIX: Final = struct.Struct("<8sI4x16s")  # magic, format version, store identity
+_PREFIX: Final = struct.Struct("<8sII16s")  # magic, format version, zero, store identity
 _MAGIC: Final = b"TALLSTOR"
 
 
@@ -52,6 +57,11 @@ class Manifest:
     written_by: str = ""
     """The program that wrote it, for people."""
 
+    @property
+    def format_version(self) -> int:
+        """The version of the format that a store of this manifest is in."""
+        return 2 if self.body.get(_REQUIRES) else 1
+
     def to_bytes(self) -> bytes:
         """The value under `MANIFEST_KEY`: a fixed prefix, then the JSON in a chunk's envelope."""
         text = strictjson.dumps(
@@ -65,7 +75,7 @@ class Manifest:
         )
         if len(text) > MAX_CHUNK:
             raise ValueError(f"a manifest of {len(text)} bytes is over the cap of {MAX_CHUNK}")
-        prefix = _PREFIX.pack(_MAGIC, FORMAT_VERSION, self.store)
+        prefix = _PREFIX.pack(_MAGIC, self.format_version, 0, self.store)
         buffer = ChunkBuffer.of(len(text))
         np.copyto(buffer.data, np.frombuffer(text, np.uint8))
         chunk = seal_chunk(
@@ -94,15 +104,15 @@ class Manifest:
         if len(value) < _PREFIX.size + HEADER_SIZE:
             raise CorruptStoreError(f"{what}: the manifest has only {len(value)} bytes")
         prefix = bytes(value[: _PREFIX.size])
-        magic, version, store = _PREFIX.unpack(prefix)
+        magic, version, flags, store = _PREFIX.unpack(prefix)
         if magic != _MAGIC:
             raise NotAStoreError(f"{what}: an LMDB file, but not a tallstore")
-        if version != FORMAT_VERSION:
-            raise NewerFormatError(
-                f"{what}: written in format version {version}, this tallstore reads version "
-                f"{FORMAT_VERSION}; update tallstore"
-            )
-        return cls._parse(_text(value[_PREFIX.size :], prefix, what), store, what)
+        if version not in FORMAT_VERSIONS or flags:
+            raise _unknown(value, version, flags, what)
+        manifest = cls._parse(_text(value[_PREFIX.size :], prefix, what), store, what)
+        if manifest.format_version != version:
+            raise CorruptStoreError(f"{what}: its format version contradicts its manifest")
+        return manifest
 
     @classmethod
     def _parse(cls, text: bytes, store: bytes, what: str) -> Manifest:
@@ -110,6 +120,7 @@ class Manifest:
         record = strictjson.fields(
             strictjson.loads(text, what=what, max_bytes=MAX_CHUNK), what=what
         )
+        strictjson.only(record, _FIELDS, what=what)
         streams = [
             Stream.from_json(item)
             for item in strictjson.list_field(record, "streams", list, what=what)
@@ -127,6 +138,27 @@ class Manifest:
         ):
             raise CorruptStoreError(f"{what}: the table of streams contradicts itself")
         return manifest
+
+
+def _unknown(value: memoryview, version: int, flags: int, what: str) -> Exception:
+    """Why a manifest is refused whose prefix holds a version or flags that are not known."""
+    for known in FORMAT_VERSIONS:
+        # A damaged field, if the checksum holds with what it must have been.
+        prefix = _PREFIX.pack(_MAGIC, known, 0, bytes(value[16:32]))
+        try:
+            check_chunk(value[_PREFIX.size :], store=prefix, key=MANIFEST_KEY, what=what)
+        except (CorruptStoreError, NewerFormatError):
+            continue
+        return ChecksumError(
+            f"{what}: manifest: its format version is damaged ({version}, flags {flags:#x}, "
+            f"where {known} was written); restore the store from a copy"
+        )
+    found = f"version {version}" + (f" with flags {flags:#x}" if flags else "")
+    known_ones = " and ".join(map(str, FORMAT_VERSIONS))
+    return NewerFormatError(
+        f"{what}: written in format {found}, tallstore {__version__} reads versions {known_ones}; "
+        "update tallstore"
+    )
 
 
 def _text(chunk: memoryview, prefix: bytes, what: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tallstore.objects.scalars import malformed
 from tallstore.objects.tensors import PART_NAMES, build_sparse
 from tallstore.sources.source import Bytes
 from tallstore.specs import JSON
+from tallstore.strictjson import newer
 
 __all__ = ["assemble"]
 
@@ -38,6 +39,8 @@ def assemble(tree: JSON, tensors: Sequence[Any]) -> Any:
     CorruptStoreError
         The tree is malformed. No code is run, and no more memory is taken than the tree and
         the tensors have.
+    NewerFormatError
+        It holds a kind of object that this version does not know.
     """
     try:
         return _Assembler(tensors).decode(tree, 0)
@@ -82,7 +85,9 @@ class _Assembler:
         body = tree[tag]
         if tag == "$odict":
             return self._mapping(OrderedDict(), body, depth, tree)
-        if tag == "$dict" and type(body) is list:
+        if tag == "$dict":
+            if type(body) is not list:
+                raise malformed(f"a list is expected, not {type(body).__name__}")
             return self._mapping({}, body, depth)
         if tag == "$tuple":
             return tuple(self._list(body, depth))
@@ -92,7 +97,7 @@ class _Assembler:
             return _unique(frozenset, self._list(body, depth))
         decoder = self._decoders.get(tag)
         if decoder is None:
-            raise malformed(f"unknown tag {tag!r:.80}")
+            raise newer("the stored object's tree", f"a tag {tag!r:.80}", _tags(self._decoders))
         return decoder(body)
 
     # -- containers
@@ -210,6 +215,10 @@ class _Assembler:
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise malformed(f"tensor {index} is not a part of a sparse tensor")
         return tensor
+
+
+def _tags(decoders: Iterable[str]) -> list[str]:
+    return ["$odict", "$dict", "$tuple", "$set", "$frozenset", *decoders]
 
 
 def _tag(tree: dict[Any, Any]) -> str | None:
