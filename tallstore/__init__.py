@@ -15,7 +15,7 @@ from tallstore.errors import TallstoreError
 from tallstore.version import __version__
 
 if TYPE_CHECKING:
-    from tallstore.api import add, compact, load, merge, open, pack, save
+    from tallstore.api import add, compact, load, merge, open, pack, relink, save
     from tallstore.store import TallStore
 
 __all__ = [
@@ -29,12 +29,15 @@ __all__ = [
     "merge",
     "open",
     "pack",
+    "relink",
     "save",
 ]
 
 _HOME = {
     "TallStore": "tallstore.store",
-    **dict.fromkeys(("add", "compact", "load", "merge", "open", "pack", "save"), "tallstore.api"),
+    **dict.fromkeys(
+        ("add", "compact", "load", "merge", "open", "pack", "relink", "save"), "tallstore.api"
+    ),
 }
 
 

@@ -1,9 +1,11 @@
-"""The functions most people need: save, load, open, pack, merge, add, compact."""
+"""The functions most people need: save, load, open, pack, merge, add, relink, compact."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tallstore.errors import OptionError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
-__all__ = ["add", "compact", "load", "merge", "open", "pack", "save"]
+__all__ = ["add", "compact", "load", "merge", "open", "pack", "relink", "save"]
 
 
 def save(
@@ -100,6 +102,7 @@ def load(
     names: Iterable[str] | None = None,
     out: Any = None,
     fidelity: str | None = None,
+    external_base: StorePath | None = None,
     report: Report | None = None,
 ) -> Any:
     """Load what was saved or packed; in place of ``torch.load``. Every byte read is verified.
@@ -123,6 +126,8 @@ def load(
     fidelity
         ``"exact"`` insists on the exact tier, ``"codes"`` leaves it unread; None takes the best
         that is there.
+    external_base
+        The store that has this one's base, if it is not where this one says.
     report
         Called with (stage, bytes done, bytes in all).
 
@@ -141,8 +146,10 @@ def load(
         The file is damaged; nothing wrong is ever returned.
     MismatchError
         `out` does not fit.
+    WrongBaseError
+        The base is in another store, which holds another base.
     """
-    with TallStore(path) as store:
+    with TallStore(path, external_base=external_base) as store:
         return store.load(
             task,
             device=device,
@@ -154,9 +161,15 @@ def load(
         )
 
 
-def open(path: StorePath, mode: str = "r", *, timeout: float = 60.0) -> TallStore:
+def open(
+    path: StorePath,
+    mode: str = "r",
+    *,
+    timeout: float = 60.0,
+    external_base: StorePath | None = None,
+) -> TallStore:
     """Open a store; see `TallStore`."""
-    return TallStore(path, mode, timeout=timeout)
+    return TallStore(path, mode, timeout=timeout, external_base=external_base)
 
 
 def pack(
@@ -171,6 +184,7 @@ def pack(
     exact: bool = False,
     compress: bool = False,
     device: torch.device | str | None = None,
+    external_base: StorePath | None = None,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
@@ -185,7 +199,7 @@ def pack(
         The store to make.
     base
         The pretrained checkpoint: a path (safetensors file, model directory, ``.pt``), a
-        ``STORE`` or ``STORE::TASK``, a state dict or a module.
+        ``STORE`` or ``STORE::TASK``, a state dict or a module. None with `external_base`.
     tasks
         The fine-tunes by name, each given like `base`.
     merge
@@ -206,6 +220,10 @@ def pack(
     device
         Where masks are made: ``"cpu"`` (None) or ``"cuda"``. The masks are the same; the
         statistics agree to six digits.
+    external_base
+        A store whose base is this one's too: it is not written again but referred to, by its
+        path and its content. That store has to stay, and be moved together with this one; see
+        `relink`.
     overwrite
         Replace a store at `path`.
     timeout, report
@@ -219,14 +237,26 @@ def pack(
     Raises
     ------
     EmptyZooError, CheckpointError, MismatchError, TaskNameError, OptionError, StoreExistsError
+    NotAStoreError
+        There is none at `external_base`.
     """
-    from tallstore.opening import open_checkpoint
+    from tallstore.externalbase import refer
+    from tallstore.opening import open_base_of, open_checkpoint
     from tallstore.packing.pack import pack_zoo
     from tallstore.storesource import StoreSource
 
     place = store_path(path)
+    if (base is None) == (external_base is None):
+        raise OptionError("pack: either a base, or external_base=, is needed")
     with ExitStack() as stack:
-        opened = stack.enter_context(open_checkpoint(base))
+        external = None
+        if external_base is None:
+            opened = stack.enter_context(open_checkpoint(base))
+        else:
+            there = Path(os.fspath(external_base))
+            found, record = open_base_of(there)
+            opened = stack.enter_context(found)
+            external = refer(place, there, record.identity)
         sources = {n: stack.enter_context(open_checkpoint(what)) for n, what in tasks.items()}
         for source in (opened, *sources.values()):
             if isinstance(source, StoreSource) and source.store == place:
@@ -245,6 +275,7 @@ def pack(
             exact=exact,
             compress=compress,
             device=device,
+            external=external,
             overwrite=overwrite,
             timeout=timeout,
             report=report,
@@ -353,6 +384,36 @@ def merge(
             overwrite=overwrite,
             report=report,
         )
+
+
+def relink(path: StorePath, base: StorePath, *, timeout: float = 60.0) -> str:
+    """Say for good where the store is that has this one's base; after either was moved.
+
+    Parameters
+    ----------
+    path
+        A store packed with ``external_base=``.
+    base
+        The store that has its base.
+    timeout
+        Seconds to wait for another writer.
+
+    Returns
+    -------
+    str
+        The path as recorded: from the store's directory, where they have one in common.
+
+    Raises
+    ------
+    OptionError
+        The store has its base itself.
+    WrongBaseError, StoreNotFoundError, NotAStoreError
+        `base` does not have it; nothing was changed.
+    """
+    from tallstore.writing import relink_store
+
+    store_path(base)
+    return relink_store(store_path(path), Path(os.fspath(base)), timeout=timeout)
 
 
 def compact(path: StorePath, *, timeout: float = 60.0) -> tuple[int, int]:

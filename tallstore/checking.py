@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 from tallstore.catalog import Catalog
+from tallstore.describing import read_base
 from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError, NewerFormatError, TallstoreError
-from tallstore.loading import Loader, Progress, no_progress
+from tallstore.externalbase import base_elements
+from tallstore.loading import Loader
+from tallstore.packing.writing import chunk_digest, content_identity
+from tallstore.progress import Meter
 from tallstore.workers import workers
 
-__all__ = ["Problem", "Verification", "verify_snapshot"]
+__all__ = ["ExternalCheck", "Problem", "Verification", "verify_snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,16 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class ExternalCheck:
+    """What was checked of a base in another store."""
+
+    path: Path
+    chunks: int
+    nbytes: int
+    """Stored bytes checked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What verifying found."""
 
@@ -34,6 +49,8 @@ class Verification:
     problems: tuple[Problem, ...]
     stray: int
     """Chunks that an interrupted write left; the next write removes them."""
+    external: ExternalCheck | None = None
+    """Of the store that has the base, where that is another one."""
 
     @property
     def ok(self) -> bool:
@@ -56,15 +73,17 @@ def _owners(catalog: Catalog) -> dict[int, list[str]]:
 
 
 def verify_snapshot(
-    snapshot: Snapshot, catalog: Catalog, *, progress: Progress = no_progress
+    snapshot: Snapshot, catalog: Catalog, *, meter: Meter | None = None
 ) -> Verification:
-    """Check every chunk of every live stream, and every document.
+    """Check every chunk of every live stream, every document, and a base in another store.
 
     Never raises for damage: everything that is damaged is listed.
     """
     owners = _owners(catalog)
+    meter = meter or Meter(None)
     streams = snapshot.manifest.streams
     problems: list[Problem] = []
+    progress = meter.stage("verify", sum(stream.stored for stream in streams.values()))
 
     def check(item: tuple[Stream, int]) -> Problem | None:
         stream, chunk = item
@@ -82,6 +101,13 @@ def verify_snapshot(
     for number in catalog.live_streams() - set(streams):
         message = f"{snapshot.path}: stream {number} is referred to but not in the manifest"
         problems.append(Problem(message, tuple(owners[number])))
+    external = None
+    if not problems and catalog.base is not None and catalog.base.external is not None:
+        try:
+            external, found = _external(snapshot, catalog, meter)
+            problems += found
+        except TallstoreError as exc:
+            problems.append(Problem(str(exc), ("external base",)))
     if not problems:
         problems += _documents(snapshot, catalog)
     stray = 0
@@ -90,7 +116,7 @@ def verify_snapshot(
     except TallstoreError as exc:
         problems.append(Problem(str(exc), ()))
     nbytes = sum(stream.stored for stream in streams.values())
-    return Verification(len(items), nbytes, tuple(problems), stray)
+    return Verification(len(items), nbytes, tuple(problems), stray, external)
 
 
 def _documents(snapshot: Snapshot, catalog: Catalog) -> list[Problem]:
@@ -102,3 +128,42 @@ def _documents(snapshot: Snapshot, catalog: Catalog) -> list[Problem]:
             owner = "base" if task is None else f"task {task!r}"
             problems.append(Problem(str(exc), (owner,)))
     return problems
+
+
+def _external(
+    snapshot: Snapshot, catalog: Catalog, meter: Meter
+) -> tuple[ExternalCheck, list[Problem]]:
+    """Check a base in another store: its chunks, and its identity anew from what they hold."""
+    base = read_base(snapshot, catalog)
+    home, streams = base_elements(snapshot, base)
+    records = [home.stream(number) for number in streams]
+    nbytes = sum(record.stored for record in records)
+    progress = meter.stage("base", nbytes)
+    found = ExternalCheck(home.path, sum(record.chunks for record in records), nbytes)
+    digests: list[str] = []
+    problems: list[Problem] = []
+
+    def check(item: tuple[Stream, int]) -> str | Problem:
+        record, chunk = item
+        try:
+            return chunk_digest(home, record, chunk)
+        except (CorruptStoreError, NewerFormatError) as exc:
+            return Problem(str(exc), ("external base",))
+        finally:
+            progress(record.stored // max(record.chunks, 1))
+
+    with workers() as pool:
+        for result in pool.each(check, [(r, chunk) for r in records for chunk in range(r.chunks)]):
+            if isinstance(result, Problem):
+                problems.append(result)
+            else:
+                digests.append(result)
+    if not problems and catalog.base is not None:
+        identity = content_identity(base.contents, digests)
+        if identity != catalog.base.identity:
+            message = (
+                f"{home.path}: its base is said to be {catalog.base.identity}, but holds the "
+                f"weights of {identity}; restore that store from a copy"
+            )
+            problems.append(Problem(message, ("external base",)))
+    return found, problems

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 
-from tallstore.advice import release_pages
 from tallstore.catalog import VectorRecord
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
 from tallstore.documents import CODE, OWN, ArenaCode, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
+from tallstore.externalbase import base_elements
 from tallstore.layout import Arena, Layout
 from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
+from tallstore.spans import Run, Span, SpanKey, Take
 from tallstore.specs import SegmentSpec
 
 __all__ = ["Decoder", "Run", "Span", "SpanKey"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Elements `start` .. `start` + `count` of a segment of the loaded checkpoint.
-
-    They come from the span being decoded, `within` weights into it.
-    """
-
-    segment: int
-    start: int
-    count: int
-    within: int
-    coded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,37 +37,6 @@ class _Link:
     coded: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The decoded chunks of one span."""
-
-    base: Bytes
-    base_dtype: str
-    code: ArenaCode | None = None
-    planes: Bytes | None = None
-    vector: Bytes | None = None
-    vector_dtype: str = "float32"
-    residual: Bytes | None = None
-    in_map: bool = False
-    """Whether `base` is LMDB's own memory."""
-
-    def chunks(self) -> Iterator[tuple[str, Bytes]]:
-        """What there is, by the names that it was taken under."""
-        for name in ("base", "planes", "vector", "residual"):
-            data = getattr(self, name)
-            if data is not None:
-                yield name, data
-
-    def release(self) -> None:
-        """Let go of what is LMDB's; nothing of the span may be used afterwards."""
-        if self.in_map:
-            release_pages(self.base)
-
-
-#: A span's name: (of the task's own arenas, arena, number).
-SpanKey = tuple[bool, int, int]
-#: Gives a buffer of so many bytes by its name.
-Take = Callable[[str, int], Bytes]
 #: Up to so many tensors of a span are reconstructed each in its place.
 _FEW: Final = 8
 
@@ -110,6 +66,8 @@ class Decoder:
         # Decoders that a thread uses one after another, each done with before the next, can share.
         self._scratch: Final = Scratch() if scratch is None else scratch
         self._links = self._link()
+        # The base's elements may be in another store; everything else never is.
+        self._home, self._base_streams = base_elements(snapshot, base)
         self._check_streams()
         self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
 
@@ -129,8 +87,8 @@ class Decoder:
 
     def _check_streams(self) -> None:
         """Every stream over an arena must be as long as the arena: decoding counts on it."""
-        for arena, stream in zip(self._base.layout.arenas, self._base.streams, strict=True):
-            self._check_stream(stream, arena, 8 * itemsize(arena.dtype))
+        for arena, stream in zip(self._base.layout.arenas, self._base_streams, strict=True):
+            self._check_stream(stream, arena, 8 * itemsize(arena.dtype), self._home)
         if self._vector is not None:
             width = 8 * itemsize(self._vector.dtype)
             for arena, stream in zip(self._base.layout.arenas, self._vector.streams, strict=False):
@@ -144,14 +102,17 @@ class Decoder:
             self._check_stream(code.planes, arena, 1)
             self._check_stream(code.exact, arena, 8 * itemsize(code.dtype))
 
-    def _check_stream(self, number: int | None, arena: Arena, bits: int) -> None:
+    def _check_stream(
+        self, number: int | None, arena: Arena, bits: int, snapshot: Snapshot | None = None
+    ) -> None:
         if not number:
             return
-        stream = self._snapshot.stream(number)
+        snapshot = snapshot or self._snapshot
+        stream = snapshot.stream(number)
         wanted = (arena.span * bits // 8, arena.weights * bits // 8)
         if (stream.chunk_size, stream.raw) != wanted:
             raise CorruptStoreError(
-                f"{self._snapshot.path}: stream {number} has {stream.raw} bytes in chunks of "
+                f"{snapshot.path}: stream {number} has {stream.raw} bytes in chunks of "
                 f"{stream.chunk_size}, its arena takes {wanted[1]} in chunks of {wanted[0]}"
             )
 
@@ -208,15 +169,30 @@ class Decoder:
 
     # -- chunks ---------------------------------------------------------------------------
 
-    def _chunk(self, stream: int, span: int, name: str, take: Take | None = None) -> Bytes:
-        record = self._snapshot.stream(stream)
+    def _chunk(
+        self,
+        stream: int,
+        span: int,
+        name: str,
+        take: Take | None = None,
+        *,
+        snapshot: Snapshot | None = None,
+    ) -> Bytes:
+        snapshot = snapshot or self._snapshot
+        record = snapshot.stream(stream)
         if span >= record.chunks:
             raise CorruptStoreError(
-                f"{self._snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
+                f"{snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
             )
         out = (take or self._scratch.take)(name, record.raw_size(span))
-        self._snapshot.read_chunk(record, span, out)
+        snapshot.read_chunk(record, span, out)
         return out
+
+    def _elements_of(self, own: bool, arena: int) -> tuple[Snapshot, int]:
+        """Where the elements of an arena are: a snapshot, and the stream in it."""
+        if own and self._task:
+            return self._snapshot, self._task.own_streams[arena]
+        return self._home, self._base_streams[arena]
 
     def load(
         self,
@@ -245,12 +221,12 @@ class Decoder:
             `release` it when done.
         """
         own, arena, span = key
-        stream = (self._task.own_streams if own and self._task else self._base.streams)[arena]
+        home, stream = self._elements_of(own, arena)
         dtype = self.dtype(key)
         if take is None:
-            base, in_map = self._elements(stream, span, into)
+            base, in_map = self._elements(home, stream, span, into)
         else:
-            base, in_map = self._chunk(stream, span, "base", take), False
+            base, in_map = self._chunk(stream, span, "base", take, snapshot=home), False
         code = None if own or not coded else self._codes.get(arena)
         if code is None:
             return Span(base, dtype, in_map=in_map)
@@ -263,18 +239,21 @@ class Decoder:
             residual = self._chunk(code.exact, span, "residual", take)
         return Span(base, dtype, code, planes, vector, vector_dtype, residual, in_map)
 
-    def _elements(self, stream: int, span: int, into: Bytes | None) -> tuple[Bytes, bool]:
+    def _elements(
+        self, home: Snapshot, stream: int, span: int, into: Bytes | None
+    ) -> tuple[Bytes, bool]:
         """The elements of a span, and whether they are in LMDB's map: uncompressed ones are."""
-        record = self._snapshot.stream(stream)
+        record = home.stream(stream)
         if into is not None and into.size == record.raw_size(span):
-            return self._chunk(stream, span, "base", lambda name, size: into), False
+            taken = self._chunk(stream, span, "base", lambda name, size: into, snapshot=home)
+            return taken, False
         room: list[Bytes] = []
 
         def take(size: int) -> Bytes:
             room.append(self._scratch.take("base", size))
             return room[-1]
 
-        return self._snapshot.view_chunk(record, span, room=take), not room
+        return home.view_chunk(record, span, room=take), not room
 
     def _vector_chunk(self, arena: int, span: int, take: Take | None) -> tuple[Bytes, str]:
         record = self._vector
@@ -362,7 +341,7 @@ class Decoder:
 
         Valid until the same thread asks for the next one.
         """
-        base = self._chunk(self._base.streams[arena], span, "base")
+        base = self._chunk(self._base_streams[arena], span, "base", snapshot=self._home)
         record = self._vector
         if record is None or arena >= len(record.streams) or not record.streams[arena]:
             return base, None

@@ -17,6 +17,7 @@ from tallstore.documents import (
     OWN,
     BaseDocument,
     Contents,
+    ExternalReference,
     SegmentStats,
     TaskDocument,
 )
@@ -98,7 +99,10 @@ def read_base(snapshot: Snapshot, catalog: Catalog) -> BaseDocument:
     if catalog.base is None:
         raise CorruptStoreError(f"{snapshot.path}: the store holds no base")
     what = f"{snapshot.path}: base"
-    return BaseDocument.from_bytes(_document(snapshot, catalog.base.document, what), what=what)
+    path, identity = catalog.base.external, catalog.base.identity
+    data = _document(snapshot, catalog.base.document, what)
+    external = None if path is None else ExternalReference(path, identity)
+    return BaseDocument.from_bytes(data, external=external, what=what)
 
 
 def _document(snapshot: Snapshot, number: int, what: str) -> bytes:

@@ -75,17 +75,35 @@ class TallStore:
         `tallstore.pack`.
     timeout
         Seconds that a write waits for another writer.
+    external_base
+        To read alone: where the store is that has this one's base, if it is not where this one
+        says; `tallstore.relink` says so for good.
 
     Raises
     ------
     StoreNotFoundError, NotAStoreError, NewerFormatError, TruncatedStoreError, CorruptStoreError
+    OptionError
+        `external_base` for a store that has its base itself, or one that is to be written.
     """
 
-    def __init__(self, path: StorePath, mode: str = "r", *, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        path: StorePath,
+        mode: str = "r",
+        *,
+        timeout: float = 60.0,
+        external_base: StorePath | None = None,
+    ) -> None:
         if mode not in ("r", "a"):
             raise OptionError(f"mode={mode!r}: 'r' to read, 'a' to read and write")
         self.path = store_path(path)
+        if mode != "r" and external_base is not None:
+            raise OptionError(
+                f"{self.path}: external_base= is for reading alone; to write, say for good where "
+                "the base is: tallstore relink, or tallstore.relink"
+            )
         self.mode = mode
+        self._base_at = None if external_base is None else store_path(external_base)
         self._timeout = timeout
         self._snapshot: Snapshot | None = open_snapshot(self.path)
         try:
@@ -95,7 +113,12 @@ class TallStore:
             raise
 
     def _read_catalog(self) -> Catalog:
-        return Catalog.from_json(self._held().manifest.body, what=str(self.path))
+        catalog = Catalog.from_json(self._held().manifest.body, what=str(self.path))
+        if self._base_at is None:
+            return catalog
+        from tallstore.externalbase import with_base_at
+
+        return with_base_at(self.path, catalog, self._base_at)
 
     def _held(self) -> Snapshot:
         if self._snapshot is None:
@@ -125,6 +148,14 @@ class TallStore:
         if self._catalog.base is None:
             raise CorruptStoreError(f"{self.path}: the store holds no base")
         return self._catalog.base
+
+    @property
+    def external_base(self) -> Path | None:
+        """The store that has the base's elements; None where this one has them."""
+        from tallstore.externalbase import place_of
+
+        recorded = self.base.external
+        return None if recorded is None else place_of(self.path, recorded)
 
     @property
     def vector(self) -> VectorRecord | None:
@@ -294,14 +325,14 @@ class TallStore:
         return result
 
     def verify(self, *, report: Report | None = None) -> Verification:
-        """Check every chunk and every document; damage is listed, not raised."""
+        """Check every chunk and every document; damage is listed, not raised.
+
+        A base in another store is checked too: its chunks, and that they are the base meant.
+        """
         from tallstore.checking import verify_snapshot
         from tallstore.progress import Meter
 
-        total = sum(stream.stored for stream in self._held().manifest.streams.values())
-        return verify_snapshot(
-            self._held(), self._catalog, progress=Meter(report).stage("verify", total)
-        )
+        return verify_snapshot(self._held(), self._catalog, meter=Meter(report))
 
     def statistics(
         self,

@@ -28,6 +28,7 @@ from tallstore.errors import (
     TaskExistsError,
     UnknownTaskError,
 )
+from tallstore.externalbase import open_external, with_base_at
 from tallstore.matching import match
 from tallstore.packing.base import write_base
 from tallstore.packing.encodings import policy
@@ -40,7 +41,7 @@ from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
 from tallstore.workers import workers
 
-__all__ = ["append_tasks", "compact_store", "remove_tasks", "write_object"]
+__all__ = ["append_tasks", "compact_store", "relink_store", "remove_tasks", "write_object"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +267,28 @@ def remove_tasks(path: Path, names: Sequence[str], *, timeout: float) -> None:
         kept = {n: task for n, task in held.catalog.tasks.items() if n not in names}
         with WriteSession(held.environment, held.manifest) as session:
             _commit(session, _without_idle_vector(replace(held.catalog, tasks=kept)))
+
+
+def relink_store(path: Path, base: Path, *, timeout: float) -> str:
+    """Say for good which store has the base of the one at `path`; returns what is recorded.
+
+    Raises
+    ------
+    OptionError
+        The store has its base itself.
+    WrongBaseError, StoreNotFoundError, NotAStoreError
+        The store at `base` does not have it; nothing was changed.
+    """
+    with _writing(path, timeout=timeout) as held:
+        catalog = with_base_at(path, held.catalog, base)
+        document = read_base(held.snapshot, catalog)
+        if document.external is None:
+            raise CorruptStoreError(f"{path}: its base is nowhere")
+        open_external(path, document.external, document).close()
+        if catalog != held.catalog:
+            with WriteSession(held.environment, held.manifest) as session:
+                _commit(session, catalog)
+        return document.external.path
 
 
 def compact_store(path: Path, *, timeout: float) -> tuple[int, int]:

@@ -30,6 +30,7 @@ import tallstore
 HERE = Path(__file__).resolve().parent / "golden"
 #: Another digest is another format: see tests/golden/make.py.
 DIGESTS: dict[str, str] = {
+    "external.tall": "cb5101d1894bf4b37c4ca4acf86aeaf227a9e3eb29b1a7e7a0d5f2d16b153d5c",
     "plain.tall": "52f0388b363bfc2a38de4a33f4d655ab3f4523a2741b1b5b00f36be3a0b3cbfa",
     "zoo.tall": "66acb9e7af3f7bffef095d572f6d75a5677bea06d8da5256bca64f45dae12d77",
 }
@@ -53,7 +54,7 @@ def golden(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_files_are_those_that_were_committed() -> None:
-    assert len(DIGESTS) == 2
+    assert len(DIGESTS) == 3
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in HERE.glob("*.tall")}
     assert found == DIGESTS
     assert all(path.stat().st_size < 64 << 10 for path in HERE.glob("*.tall"))
@@ -94,6 +95,26 @@ def test_the_packed_zoo(golden: dict[str, Path]) -> None:
         assert_same(store.load(), base)
         for name, state in {**tasks, "added": make.added()}.items():
             assert_same(store.load(name), state)
+
+
+def test_the_store_with_its_base_in_another(golden: dict[str, Path]) -> None:
+    path = golden["external.tall"]
+    base, _ = make.zoo()
+    with tallstore.open(path) as store:
+        assert store.format_version == 2 and store.external_base == golden["zoo.tall"]
+        assert store.verify().ok
+        assert list(store.tasks) == ["three", "four"]
+        assert_same(store.load(), base)
+        for name, state in make.others().items():
+            assert_same(store.load(name), state)
+
+
+def test_what_is_written_today_is_written_in_the_version_that_it_needs(tmp_path: Path) -> None:
+    base, tasks = make.zoo()
+    tallstore.pack(tmp_path / "zoo.tall", base, tasks)
+    tallstore.save(make.plain(), tmp_path / "plain.tall")
+    for name in ("zoo.tall", "plain.tall"):
+        assert set(Reader(tmp_path / name).manifest["body"]) == {"base", "vector", "tasks"}
 
 
 def coded(name: str, base: Any, tasks: Any) -> list[tuple[str, torch.Tensor]]:
@@ -154,8 +175,10 @@ class Reader:
             self.items = {bytes(key): bytes(value) for key, value in txn.cursor()}
         value = self.items[b"manifest"]
         magic, version, zero, self.store = struct.unpack("<8sII16s", value[:32])
-        assert (magic, version, zero) == (b"TALLSTOR", 1, 0)
         self.manifest = json.loads(self.chunk(value[32:], value[:32], b"manifest"))
+        needs = self.manifest["body"].get("requires", [])
+        assert (magic, version, zero) == (b"TALLSTOR", 2 if needs else 1, 0)
+        assert set(needs) <= {"external-base"}
         self.streams = {row[0]: row[1:] for row in self.manifest["streams"]}
         assert {struct.unpack(">QI", k)[0] for k in self.items if len(k) == 12} == set(self.streams)
 
@@ -202,11 +225,12 @@ class Reader:
         return found
 
 
-@pytest.mark.parametrize("name", sorted(["plain.tall", "zoo.tall"]))
+@pytest.mark.parametrize("name", sorted(DIGESTS))
 def test_every_chunk_by_the_format(golden: dict[str, Path], name: str) -> None:
     reader = Reader(golden[name])
     assert len([reader.stream(number) for number in reader.streams]) >= 5
-    assert set(reader.manifest["body"]) == {"base", "vector", "tasks"}
+    more = {"requires"} if name == "external.tall" else set()
+    assert set(reader.manifest["body"]) == {"base", "vector", "tasks"} | more
 
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
@@ -238,15 +262,22 @@ def corrected(predicted: Any, zigzag: Any, dtype: str) -> Any:
     return np.where(back & sign, back ^ sign, ~back).astype(word)
 
 
-def test_a_task_by_the_format(golden: dict[str, Path]) -> None:
+@pytest.mark.parametrize("store", ["zoo.tall", "external.tall"])
+def test_a_task_by_the_format(golden: dict[str, Path], store: str) -> None:
     """Base, mask, shared vector and residual to the original's bits, without tallstore."""
-    reader = Reader(golden["zoo.tall"])
+    reader = Reader(golden[store])
     body = reader.manifest["body"]
     base = json.loads(reader.stream(body["base"]["document"]))
     places = reader.places(base["segments"])
-    _, tasks = make.zoo()
-    seen = {"b": 0, "c": 0, "o": 0}
-    for name in ("one", "two"):
+    home, home_streams = reader, base["streams"]
+    if body["base"].get("external"):
+        home = Reader(golden[store].parent / body["base"]["external"])
+        there = home.manifest["body"]["base"]
+        assert there["identity"] == body["base"]["identity"] and not any(home_streams)
+        home_streams = json.loads(home.stream(there["document"]))["streams"]
+    tasks = {"zoo.tall": make.zoo()[1], "external.tall": make.others()}[store]
+    seen = dict.fromkeys("bco", 0)
+    for name in tasks:
         task = json.loads(reader.stream(body["tasks"][name]["document"]))
         own_places = reader.places(task["own"])
         codes = {code[0]: code[1:] for code in task["codes"]}
@@ -262,7 +293,7 @@ def test_a_task_by_the_format(golden: dict[str, Path]) -> None:
                     continue
                 arena, first = places[number]
                 first += start
-                raw = reader.stream(base["streams"][arena])
+                raw = home.stream(home_streams[arena])
                 plain = raw[first * width : (first + count) * width]
                 if kind == "b":
                     data += plain

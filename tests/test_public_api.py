@@ -24,6 +24,7 @@ PUBLIC = [
     "merge",
     "open",
     "pack",
+    "relink",
     "save",
 ]
 
@@ -76,6 +77,7 @@ def test_signatures_are_pinned() -> None:
         "pack": ["path", "base", "tasks"],
         "add": ["path", "tasks"],
         "compact": ["path"],
+        "relink": ["path", "base"],
     }
     for name, first in positional.items():
         parameters = inspect.signature(getattr(tallstore, name)).parameters.values()

@@ -56,7 +56,7 @@ def tasks_facts(store: TallStore, names: Iterable[str] | None = None) -> list[di
 
 def base_facts(store: TallStore) -> dict[str, Any]:
     """The base."""
-    record = store.base
+    record, external = store.base, store.external_base
     return {
         "stored_bytes": store.stored_bytes(),
         "original_bytes": record.nbytes,
@@ -65,6 +65,7 @@ def base_facts(store: TallStore) -> dict[str, Any]:
         "label": record.label,
         "kind": record.kind,
         "identity": record.identity,
+        "external": None if external is None else str(external),
         "created": record.created,
     }
 
@@ -87,7 +88,8 @@ def store_facts(store: TallStore) -> dict[str, Any]:
     """The whole store."""
     used, whole = store.file_bytes()
     tasks = tasks_facts(store)
-    original = store.base.nbytes + sum(task["original_bytes"] for task in tasks)
+    here = store.base.nbytes if store.external_base is None else 0
+    original = here + sum(task["original_bytes"] for task in tasks)
     coded = store.vector_bytes() + sum(task["stored_bytes"] for task in tasks)
     return {
         "store": str(store.path),

@@ -66,6 +66,12 @@ def _parameters(found: dict[str, Any]) -> str:
     return f", {json.dumps(found)}" if found else ""
 
 
+def _where(base: dict[str, Any]) -> str:
+    if base["external"] is not None:
+        return f"in another store, {base['external']}"
+    return f"{_exactly(base['stored_bytes'])} of {size(base['original_bytes'])}"
+
+
 def _store_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
     base, vector, tasks = facts["base"], facts["vector"], facts["tasks"]
     whole, free = facts["file_bytes"], facts["free_bytes"]
@@ -85,7 +91,7 @@ def _store_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("commits", str(facts["generation"])),
         ("file", f"{_exactly(whole)}, {percent(free, whole)} free{hint}"),
         ("base", f"{base['weights']:,} weights in {base['tensors']} tensors"),
-        ("base stored", f"{_exactly(base['stored_bytes'])} of {size(base['original_bytes'])}"),
+        ("base stored", _where(base)),
         ("base from", f"{base['label']} ({base['kind']}), {base['created']}"),
         ("base identity", base["identity"]),
         ("shared vector", shared),

@@ -14,6 +14,7 @@ __all__ = [
     "complete_task",
     "device_option",
     "examples",
+    "external_base_option",
     "json_option",
     "overwrite_option",
     "parse_size",
@@ -74,6 +75,12 @@ device_option = click.option(
     default="cpu",
     show_default=True,
     help="Where the arithmetic is done: cpu, cuda, cuda:1, ...; the result is the same.",
+)
+external_base_option = click.option(
+    "--external-base",
+    metavar="STORE",
+    type=click.Path(),
+    help="Where the store is that has the base, if it was moved; relink says so for good.",
 )
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Show neither progress nor remarks."

@@ -17,7 +17,7 @@ from tallstore.cli.options import (
     timeout_option,
     yes_option,
 )
-from tallstore.cli.printing import Table, ask, emit_json, notes, number, ratio, size
+from tallstore.cli.printing import Table, ask, emit_json, notes, number, printable, ratio, size
 from tallstore.cli.progressbar import Progress
 from tallstore.cli.zoo import read_tasks, split_store
 from tallstore.errors import StoreExistsError
@@ -33,10 +33,17 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     epilog=examples(
         "tallstore pack zoo.tall --base base/ math=math/ code=code.safetensors",
         "tallstore pack zoo.tall --base base/ --exact fine-tunes/",
+        "tallstore pack more.tall --external-base zoo.tall others/",
     )
 )
 @click.argument("items", metavar="STORE NAME=PATH...", nargs=-1, required=True, type=click.Path())
-@click.option("--base", required=True, metavar="PATH", help="The pretrained checkpoint.")
+@click.option("--base", metavar="PATH", help="The pretrained checkpoint.")
+@click.option(
+    "--external-base",
+    metavar="STORE",
+    type=click.Path(),
+    help="In place of --base: refer to the base of another store, which has to stay.",
+)
 @click.option(
     "--merge",
     type=click.Choice(MASKLESS),
@@ -69,7 +76,8 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
 def pack(
     *,
     items: tuple[str, ...],
-    base: str,
+    base: str | None,
+    external_base: str | None,
     merge: str,
     tall_lambda: float | None,
     vector_dtype: str,
@@ -91,7 +99,9 @@ def pack(
     place, rest = split_store(items)
     if not rest:
         raise click.UsageError("No tasks are named; give NAME=PATH, or a directory of checkpoints.")
-    tasks = read_tasks(rest, base=base)
+    if (base is None) == (external_base is None):
+        raise click.UsageError("One of --base and --external-base is needed.")
+    tasks = read_tasks(rest, base=base or external_base)
     _may_replace(place, overwrite=overwrite, yes=yes)
     from tallstore import api
 
@@ -106,6 +116,7 @@ def pack(
             exact=exact,
             compress=compress,
             device=device,
+            external_base=external_base,
             overwrite=overwrite,
             timeout=timeout,
             report=progress.report,
@@ -156,7 +167,8 @@ def _table(facts: dict[str, Any]) -> Table:
             size(task["original_bytes"]),
         )
     base, vector = facts["base"], facts["vector"]
-    table.add("(base)", size(base["stored_bytes"]), "", "", "", size(base["original_bytes"]))
+    if base["external"] is None:
+        table.add("(base)", size(base["stored_bytes"]), "", "", "", size(base["original_bytes"]))
     if vector is not None:
         table.add("(shared vector)", size(vector["stored_bytes"]))
     table.add("(whole file)", size(facts["file_bytes"]), "", "", "", size(facts["original_bytes"]))
@@ -167,9 +179,12 @@ def _summary(facts: dict[str, Any]) -> str:
     original, whole = facts["original_bytes"], facts["file_bytes"]
     bits = facts["bits_per_weight_and_task"]
     shared = f"\n{bits:.2f} bits per weight and task, shared vector included." if bits else ""
+    external = facts["base"]["external"]
+    count = len(facts["tasks"]) + (external is None)
+    beside = f"\nThe base is not in it but in {printable(external)}." if external else ""
     return (
-        f"{len(facts['tasks']) + 1} checkpoints of {size(original)} in one file of {size(whole)}: "
-        f"{ratio(original, whole)} of them.{shared}"
+        f"{count} checkpoints of {size(original)} in one file of {size(whole)}: "
+        f"{ratio(original, whole)} of them.{shared}{beside}"
     )
 
 

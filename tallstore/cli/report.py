@@ -9,6 +9,7 @@ import click
 
 from tallstore.cli.options import (
     examples,
+    external_base_option,
     json_option,
     overwrite_option,
     quiet_option,
@@ -35,6 +36,7 @@ __all__ = ["report"]
     "--png", metavar="DIR", type=click.Path(), help="Write the charts alone, too, as PNG files."
 )
 @click.option("--cosine", is_flag=True, help="Decode the tasks: cosines between task vectors.")
+@external_base_option
 @overwrite_option
 @yes_option
 @json_option
@@ -45,6 +47,7 @@ def report(
     output: str,
     png: str | None,
     cosine: bool,
+    external_base: str | None,
     overwrite: bool,
     yes: bool,
     as_json: bool,
@@ -60,7 +63,7 @@ def report(
     from tallstore.report import write_report
     from tallstore.store import TallStore
 
-    with TallStore(store) as opened, Progress(quiet=quiet) as progress:
+    with TallStore(store, external_base=external_base) as opened, Progress(quiet=quiet) as progress:
         files = write_report(
             opened, output, png=png, cosine=cosine, overwrite=overwrite, report=progress.report
         )

@@ -14,6 +14,7 @@ from tallstore.cli.ls import ls
 from tallstore.cli.merge import merge
 from tallstore.cli.options import examples
 from tallstore.cli.pack import pack
+from tallstore.cli.relink import relink
 from tallstore.cli.report import report
 from tallstore.cli.rm import rm
 from tallstore.cli.stats import stats
@@ -62,6 +63,7 @@ for _command in (
     merge,
     verify,
     rm,
+    relink,
     compact,
     demo,
     completion,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tallstore.cli.options import device_option, examples, json_option, quiet_option, store_argument
+from tallstore.cli.options import (
+    device_option,
+    examples,
+    external_base_option,
+    json_option,
+    quiet_option,
+    store_argument,
+)
 from tallstore.cli.printing import Table, emit_json, number, printable
 from tallstore.cli.progressbar import Progress
 
@@ -46,6 +53,7 @@ def split_tasks(
 @click.option("--per-tensor", is_flag=True, help="Tell every tensor apart, not layers alone.")
 @click.option("--cosine", is_flag=True, help="Decode the tasks: cosines between task vectors.")
 @device_option
+@external_base_option
 @json_option
 @quiet_option
 def stats(
@@ -55,6 +63,7 @@ def stats(
     per_tensor: bool,
     cosine: bool,
     device: str,
+    external_base: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -65,7 +74,7 @@ def stats(
     """
     from tallstore.store import TallStore
 
-    with TallStore(store) as opened, Progress(quiet=quiet) as progress:
+    with TallStore(store, external_base=external_base) as opened, Progress(quiet=quiet) as progress:
         found = opened.statistics(tasks=tasks, cosine=cosine, device=device, report=progress.report)
     if as_json:
         facts = found.to_json()

@@ -11,6 +11,7 @@ from tallstore.cli.options import (
     complete_task,
     device_option,
     examples,
+    external_base_option,
     json_option,
     overwrite_option,
     parse_size,
@@ -44,6 +45,7 @@ __all__ = ["unpack"]
     help="Bytes of weights a file, in a model directory.",
 )
 @device_option
+@external_base_option
 @overwrite_option
 @yes_option
 @json_option
@@ -58,6 +60,7 @@ def unpack(
     device: str,
     overwrite: bool,
     yes: bool,
+    external_base: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -71,7 +74,7 @@ def unpack(
         ask(f"Replace {place}?", yes=yes)
     from tallstore.store import TallStore
 
-    with TallStore(store) as opened, Progress(quiet=quiet) as progress:
+    with TallStore(store, external_base=external_base) as opened, Progress(quiet=quiet) as progress:
         if task is not None:
             opened.describe(task)  # refused before torch is imported
         exact = task is None or opened.tasks[task].exact

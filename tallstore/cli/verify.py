@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tallstore.cli.options import examples, json_option, quiet_option, store_argument
+from tallstore.cli.options import (
+    examples,
+    external_base_option,
+    json_option,
+    quiet_option,
+    store_argument,
+)
 from tallstore.cli.printing import emit_json, printable, size, styled
 from tallstore.cli.progressbar import Progress
 from tallstore.errors import CorruptStoreError
+
+if TYPE_CHECKING:
+    from tallstore.checking import Verification
 
 __all__ = ["verify"]
 
@@ -21,14 +30,16 @@ __all__ = ["verify"]
     )
 )
 @store_argument
+@external_base_option
 @json_option
 @quiet_option
-def verify(*, store: str, as_json: bool, quiet: bool) -> None:
+def verify(*, store: str, external_base: str | None, as_json: bool, quiet: bool) -> None:
     """Check every byte of a store against its checksums.
 
-    Exits with status 1 if anything is damaged, after listing it and whom it concerns.
+    A base in another store is checked as well, and that it is the base meant. Exits with
+    status 1 if anything is damaged, after listing it and whom it concerns.
     """
-    facts = {"store": os.path.abspath(store), **_check(store, quiet=quiet)}
+    facts = {"store": os.path.abspath(store), **_check(store, external_base, quiet=quiet)}
     if as_json:
         emit_json(facts)
     else:
@@ -37,11 +48,14 @@ def verify(*, store: str, as_json: bool, quiet: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _check(place: str, *, quiet: bool) -> dict[str, Any]:
+def _check(place: str, external_base: str | None, *, quiet: bool) -> dict[str, Any]:
     from tallstore.store import TallStore
 
     try:
-        with TallStore(place) as opened, Progress(quiet=quiet) as progress:
+        with (
+            TallStore(place, external_base=external_base) as opened,
+            Progress(quiet=quiet) as progress,
+        ):
             found = opened.verify(report=progress.report)
     except CorruptStoreError as exc:
         # So damaged that nothing in it can be found.
@@ -56,7 +70,16 @@ def _check(place: str, *, quiet: bool) -> dict[str, Any]:
             {"message": problem.message, "concerns": list(problem.owners)}
             for problem in found.problems
         ],
+        **_external(found),
     }
+
+
+def _external(found: Verification) -> dict[str, Any]:
+    """What was checked of a base in another store, if it is in one."""
+    if found.external is None:
+        return {}
+    path, chunks, nbytes = found.external.path, found.external.chunks, found.external.nbytes
+    return {"external_base": {"store": str(path), "chunks": chunks, "bytes": nbytes}}
 
 
 def _say(facts: dict[str, Any]) -> None:
@@ -65,6 +88,10 @@ def _say(facts: dict[str, Any]) -> None:
         head = styled("damaged:", fg="red")
         click.echo(f"{head} {printable(problem['message'])} (concerns {printable(whom)})")
     checked = f"{facts['chunks']} chunks, {size(facts['bytes'])}"
+    if "external_base" in facts:
+        there = facts["external_base"]
+        checked += f"; of its base in {printable(there['store'])} "
+        checked += f"{there['chunks']} chunks, {size(there['bytes'])}"
     if facts["ok"]:
         click.echo(f"{printable(facts['store'])}: whole; {checked} verified")
     else:

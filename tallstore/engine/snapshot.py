@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,16 @@ from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, NotAStoreError, StoreClosedError
 
-__all__ = ["Snapshot"]
+__all__ = ["Closable", "Snapshot"]
+
+
+class Closable(Protocol):
+    """Something to be closed."""
+
+    def close(self) -> None: ...
+
+
+_Companion = TypeVar("_Companion", bound=Closable)
 
 
 class Snapshot:
@@ -37,6 +47,7 @@ class Snapshot:
         self._environment: Environment | None = environment
         self._lock = threading.Lock()
         self._process = os.getpid()
+        self._beside: dict[Hashable, Any] = {}
         with lmdb_errors(self.path, doing="read"):
             self._transaction = environment.lmdb.begin(buffers=True)
             try:
@@ -51,10 +62,34 @@ class Snapshot:
     def close(self) -> None:
         """End the transaction, so that its pages can be used again."""
         environment, self._environment = self._environment, None
+        beside, self._beside = self._beside, {}
+        for companion in beside.values():
+            companion.close()
         if environment is not None:
             if self._process == os.getpid():
                 self._transaction.abort()
             environment.close()
+
+    def beside(self, key: Hashable, make: Callable[[], _Companion]) -> _Companion:
+        """What `make` gave when it was first asked for under `key`: closed with this snapshot.
+
+        Raises
+        ------
+        StoreClosedError
+            This snapshot was closed.
+        """
+        with self._lock:
+            if self._environment is None or self._process != os.getpid():
+                raise self._closed()
+            if key not in self._beside:
+                self._beside[key] = make()
+            found: _Companion = self._beside[key]
+            return found
+
+    def _closed(self) -> StoreClosedError:
+        return StoreClosedError(
+            f"{self.path}: this handle was closed, or opened before a fork; open it again"
+        )
 
     def stream(self, number: int) -> Stream:
         """The record of a live stream."""
@@ -67,9 +102,7 @@ class Snapshot:
 
     def _value(self, key: bytes, what: str) -> memoryview:
         if self._environment is None or self._process != os.getpid():
-            raise StoreClosedError(
-                f"{self.path}: this handle was closed, or opened before a fork; open it again"
-            )
+            raise self._closed()
         with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
             value = self._transaction.get(key)
         if value is None:

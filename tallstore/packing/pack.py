@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
 from tallstore.devices import wanted_device
-from tallstore.documents import BaseDocument, Contents
+from tallstore.documents import BaseDocument, Contents, ExternalReference
 from tallstore.dtypes import CODABLE
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
@@ -23,7 +23,7 @@ from tallstore.layout import lay_out
 from tallstore.matching import match
 from tallstore.mergestream.survey import survey
 from tallstore.merging import MergeRule, merge_rule
-from tallstore.packing.base import write_base
+from tallstore.packing.base import refer_to_base, write_base
 from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
 from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
@@ -101,11 +101,17 @@ def pack_zoo(
     exact: bool = False,
     compress: bool = False,
     device: torch.device | str | None = None,
+    external: ExternalReference | None = None,
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
 ) -> list[str]:
     """Write a new store from a base and its fine-tunes; see `tallstore.pack`.
+
+    Parameters
+    ----------
+    external
+        Refer to the base there, which `base` reads, in place of writing its elements.
 
     Returns
     -------
@@ -126,7 +132,7 @@ def pack_zoo(
         new = NewFile(path)
         try:
             with workers() as pool:
-                packing = _Packing(new, base, candidates, pool, Meter(report))
+                packing = _Packing(new, base, candidates, pool, Meter(report), external)
                 packing.base_and_vector(rule, vector_dtype, policy(compress))
                 packing.tasks(lambdas, evaluate, masks, exact=exact)
             new.publish(timeout=timeout)
@@ -149,12 +155,14 @@ class _Packing:
         candidates: Sequence[Candidate],
         pool: Workers,
         meter: Meter,
+        external: ExternalReference | None = None,
     ) -> None:
         self._new = new
         self._base = base
         self._candidates = candidates
         self._pool = pool
         self._meter = meter
+        self._external = external
         self._manifest = Manifest(store=os.urandom(16))
         self._created = now()
         self._weights = sum(s.nbytes for c in candidates for s in c.source.segments)
@@ -167,15 +175,7 @@ class _Packing:
         feed = CandidateFeed(_contents(self._base), layout, self._base.read, self._candidates)
         surveyed = survey(rule, feed, workers=self._pool, progress=surveying)
         with WriteSession(self._new.environment, self._manifest) as session:
-            total = sum(segment.nbytes for segment in self._base.segments)
-            record, document = write_base(
-                session,
-                self._base,
-                encoding=encoding,
-                created=self._created,
-                workers=self._pool,
-                progress=self._meter.stage("base", total),
-            )
+            record, document = self._write_base(session, encoding)
             vector = write_vector(
                 session,
                 surveyed,
@@ -190,6 +190,21 @@ class _Packing:
                 catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
             )
         self._done = record, document, vector
+
+    def _write_base(
+        self, session: WriteSession, encoding: Policy
+    ) -> tuple[BaseRecord, BaseDocument]:
+        if self._external is not None:
+            return refer_to_base(session, self._base, self._external, created=self._created)
+        total = sum(segment.nbytes for segment in self._base.segments)
+        return write_base(
+            session,
+            self._base,
+            encoding=encoding,
+            created=self._created,
+            workers=self._pool,
+            progress=self._meter.stage("base", total),
+        )
 
     def tasks(
         self,

@@ -13,7 +13,9 @@ from tallstore.codecs import Bytes
 from tallstore.documents import Contents, StoredFile
 from tallstore.dtypes import itemsize
 from tallstore.engine.chunk import ChunkBuffer
+from tallstore.engine.keys import Stream
 from tallstore.engine.session import WriteSession
+from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import Layout
 from tallstore.packing.encodings import BITS, Policy
 from tallstore.sources.source import Source
@@ -22,6 +24,7 @@ from tallstore.workers import Workers
 __all__ = [
     "Progress",
     "SegmentReader",
+    "chunk_digest",
     "content_identity",
     "write_arenas",
     "write_blob",
@@ -77,7 +80,7 @@ def write_arenas(
         buffer = ChunkBuffer.of(_span_bytes(layout, arena, span))
         data = buffer.data
         read_span(layout, arena, span, read, out=data)
-        digest = xxhash.xxh3_128_hexdigest(data.data)
+        digest = _digest(data)
         policy = encoding(layout.arenas[arena].dtype, data)
         writers[arena].put_buffer(span, buffer, encoding=policy)
         progress(data.size)
@@ -158,6 +161,17 @@ def write_contents(
 def file_digest(data: bytes) -> bytes:
     """What tells whether two files are the same."""
     return hashlib.sha256(data).digest()
+
+
+def _digest(data: Bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data.data)
+
+
+def chunk_digest(snapshot: Snapshot, stream: Stream, chunk: int) -> str:
+    """What `write_arenas` gave for a chunk, from what is stored, checked on the way."""
+    data = np.empty(stream.raw_size(chunk), np.uint8)
+    snapshot.read_chunk(stream, chunk, data)
+    return _digest(data)
 
 
 def content_identity(contents: Contents, digests: Sequence[str]) -> str:

@@ -41,7 +41,10 @@ class ReportFacts:
     """Of the base."""
     weights: int
     """Of the base."""
+    external: str
+    """Name of the store that has the base, where that is another one; else empty."""
     base_original: int
+    """0 where the base is in another store."""
     base_stored: int
     vector_stored: int
     vector_about: str
@@ -54,13 +57,13 @@ class ReportFacts:
 
     @property
     def originals(self) -> int:
-        """Bytes of all checkpoints as they came."""
+        """Bytes of all checkpoints in it as they came."""
         return self.base_original + sum(task.record.nbytes for task in self.tasks)
 
 
 def gather(store: TallStore, *, cosine: bool, report: Report | None) -> ReportFacts:
     """Read it all from a store, and count its masks."""
-    base, vector = store.base, store.vector
+    base, vector, elsewhere = store.base, store.vector, store.external_base
     tasks = store.tasks
     masked = any(record.code == "tall" for record in tasks.values())
     about = ""
@@ -72,7 +75,8 @@ def gather(store: TallStore, *, cosine: bool, report: Report | None) -> ReportFa
         created=base.created,
         identity=base.identity,
         weights=base.weights,
-        base_original=base.nbytes,
+        external="" if elsewhere is None else elsewhere.name,
+        base_original=base.nbytes if elsewhere is None else 0,
         base_stored=store.stored_bytes(),
         vector_stored=store.vector_bytes(),
         vector_about=about,

@@ -72,6 +72,8 @@ def _sentence(facts: ReportFacts) -> str:
     count = len(facts.tasks)
     whose = "its" if count == 1 else "their"
     what = f"{plural(count, 'fine-tune')} and {whose} base" if count else "A base alone"
+    if facts.external:
+        what = f"{plural(count, 'fine-tune')} of the base in {printable(facts.external)}"
     return (
         f"{what}: {size(facts.originals)} of checkpoints in one file of {size(facts.file)}, "
         f"{_left(facts)} of them."

@@ -1,4 +1,6 @@
-"""Makes the golden stores: ``python tests/golden/make.py``, once for each format version.
+"""Makes the golden stores: ``python tests/golden/make.py NAME``, once for each format version.
+
+``plain`` and ``zoo`` are of version 1; ``external``, of version 2, refers to the base of ``zoo``.
 
 They are committed, and tests/test_golden.py reads them for ever after: whoever has to run this
 again has changed the format, must say so in the commit, and must put the digests that this prints
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["LAMBDA", "added", "plain", "plain_task", "zoo"]
+__all__ = ["LAMBDA", "added", "others", "plain", "plain_task", "zoo"]
 
 LAMBDA = 0.4
 State = dict[str, torch.Tensor]
@@ -125,8 +127,23 @@ def added() -> State:
     }
 
 
+def others() -> dict[str, State]:
+    """Two more fine-tunes of the zoo's base, for a store that refers to it."""
+    base, _ = zoo()
+    tasks: dict[str, State] = {}
+    for number, name in enumerate(("three", "four")):
+        tasks[name] = {
+            key: (t.float() + floats(tuple(t.shape), 70 + 20 * number + i) / 64).to(t.dtype)
+            if t.is_floating_point()
+            else t.clone()
+            for i, (key, t) in enumerate(base.items())
+        }
+    tasks["four"]["head"] = floats((3, 33), 110)
+    return tasks
+
+
 def main() -> None:
-    """Write the files and print their digests."""
+    """Write one file and print its digest."""
     import tallstore
     import tallstore.packing.pack
     import tallstore.workers
@@ -137,20 +154,28 @@ def main() -> None:
     os.urandom = lambda size: bytes(range(size))  # the stores' identities
     for module in (tallstore.packing.pack, tallstore.writing):
         module.now = lambda: "2026-01-01T00:00:00+00:00"  # type: ignore[attr-defined]
-    for path in here.glob("*.tall"):
-        path.unlink()
-    tallstore.save(plain(), here / "plain.tall")
-    tallstore.save(plain_task(), here / "plain.tall", task="later", compress=True)
-    tallstore.compact(here / "plain.tall")
-    base, tasks = zoo()
-    path = here / "zoo.tall"
-    tallstore.pack(path, base, tasks, tall_lambda=LAMBDA, exact=True)
-    tallstore.add(path, {"added": added()})
+    os.chdir(here)  # paths that are written down are names alone
+    (name,) = sys.argv[1:]
+    path = Path(f"{name}.tall")
+    path.unlink(missing_ok=True)
+    if name == "plain":
+        tallstore.save(plain(), path)
+        tallstore.save(plain_task(), path, task="later", compress=True)
+    elif name == "zoo":
+        base, tasks = zoo()
+        tallstore.pack(path, base, tasks, tall_lambda=LAMBDA, exact=True)
+        tallstore.add(path, {"added": added()})
+    elif name == "external":
+        os.urandom = lambda size: bytes(range(size, 0, -1))  # another one than the zoo's
+        tallstore.pack(
+            path, None, others(), tall_lambda=LAMBDA, exact=True, external_base="zoo.tall"
+        )
+    else:
+        raise SystemExit(f"{name}: plain, zoo or external")
     tallstore.compact(path)
-    for path in sorted(here.glob("*.tall")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        print(f'    "{path.name}": "{digest}",  # {path.stat().st_size} bytes')
-    print("now put these into DIGESTS of tests/test_golden.py", file=sys.stderr)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    print(f'    "{path.name}": "{digest}",  # {path.stat().st_size} bytes')
+    print("now put this into DIGESTS of tests/test_golden.py", file=sys.stderr)
 
 
 if __name__ == "__main__":

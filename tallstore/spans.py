@@ -1,0 +1,58 @@
+"""What a decoder hands about: the chunks of a span, and what they hold of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tallstore.advice import release_pages
+from tallstore.codecs import Bytes
+from tallstore.documents import ArenaCode
+
+__all__ = ["Run", "Span", "SpanKey", "Take"]
+
+#: A span's name: (of the task's own arenas, arena, number).
+SpanKey = tuple[bool, int, int]
+#: Gives a buffer of so many bytes by its name.
+Take = Callable[[str, int], Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements `start` .. `start` + `count` of a segment of the loaded checkpoint.
+
+    They come from the span being decoded, `within` weights into it.
+    """
+
+    segment: int
+    start: int
+    count: int
+    within: int
+    coded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The decoded chunks of one span."""
+
+    base: Bytes
+    base_dtype: str
+    code: ArenaCode | None = None
+    planes: Bytes | None = None
+    vector: Bytes | None = None
+    vector_dtype: str = "float32"
+    residual: Bytes | None = None
+    in_map: bool = False
+    """Whether `base` is LMDB's own memory."""
+
+    def chunks(self) -> Iterator[tuple[str, Bytes]]:
+        """What there is, by the names that it was taken under."""
+        for name in ("base", "planes", "vector", "residual"):
+            data = getattr(self, name)
+            if data is not None:
+                yield name, data
+
+    def release(self) -> None:
+        """Let go of what is LMDB's; nothing of the span may be used afterwards."""
+        if self.in_map:
+            release_pages(self.base)
