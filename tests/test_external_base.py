@@ -292,7 +292,7 @@ def test_from_any_working_directory(
 
 
 def test_names_of_any_kind(stores: Stores, tmp_path: Path) -> None:
-    odd = tmp_path / "d\"er ..  基\n.tall"
+    odd = tmp_path / 'd"er ..  基\n.tall'
     shutil.move(stores.base_path, odd)
     assert tallstore.relink(stores.path, odd) == odd.name
     stores.check()
