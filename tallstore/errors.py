@@ -28,6 +28,8 @@
     |   `-- UnsafePickleError                                a pickle that would run code
     `-- DeviceError                (also RuntimeError)       a device that is absent or too small
 
+`StoreWarning` (a UserWarning) is no refusal: what was asked for is done, at a risk it names.
+
 Each message names the file, tensor or task, what is wrong, and what to do. Errors of
 libraries below are wrapped with ``raise ... from exc``.
 """
@@ -51,6 +53,7 @@ __all__ = [
     "StoreLockedError",
     "StoreNotFoundError",
     "StoreReadOnlyError",
+    "StoreWarning",
     "TallstoreError",
     "TaskExistsError",
     "TaskNameError",
@@ -165,3 +168,7 @@ class UnsafePickleError(CheckpointError):
 
 class DeviceError(TallstoreError, RuntimeError):
     """A device that is absent or too small."""
+
+
+class StoreWarning(UserWarning):
+    """The store lies where its promises hold only in part; the message says which."""

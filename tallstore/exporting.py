@@ -16,7 +16,7 @@ from typing import Any, Final
 from tallstore.codecs import Bytes
 from tallstore.dtypes import itemsize
 from tallstore.engine.environment import lmdb_errors
-from tallstore.engine.newfile import sync_directory
+from tallstore.engine.filesystem import sync_directory
 from tallstore.errors import CorruptStoreError, OptionError, StoreExistsError
 from tallstore.loading import Loader, Progress, no_progress
 from tallstore.sources.safetensors_file import METADATA_FILE

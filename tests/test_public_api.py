@@ -144,7 +144,8 @@ def defined() -> dict[str, type[Exception]]:
 
 
 def test_errors_have_their_parents_and_builtins() -> None:
-    assert set(errors.__all__) == defined().keys() == {*ERRORS, "TallstoreError"}
+    assert set(errors.__all__) == defined().keys() == {*ERRORS, "TallstoreError", "StoreWarning"}
+    assert errors.StoreWarning.__bases__ == (UserWarning,)
     assert errors.TallstoreError is tallstore.TallstoreError
     assert errors.TallstoreError.__mro__[1] is Exception
     for name, (parent, builtin) in ERRORS.items():

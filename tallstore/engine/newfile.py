@@ -17,21 +17,11 @@ from tallstore.engine.environment import (
     lock_file,
     open_environment,
 )
+from tallstore.engine.filesystem import sync_directory
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import NotAStoreError, StoreNotFoundError
 
-__all__ = ["NewFile", "sync_directory"]
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Some file systems cannot sync a directory; the rename then is as durable as they make it.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+__all__ = ["NewFile"]
 
 
 class NewFile:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from tallstore.engine.environment import lmdb_errors
+from tallstore.engine.filesystem import warn_of_network
 from tallstore.errors import OptionError, StoreLockedError
 
 __all__ = ["WriterLock"]
@@ -50,6 +51,11 @@ class WriterLock:
                         f"waited {self._timeout:g} s. Try again, or wait longer (timeout=)"
                     )
                 time.sleep(_POLL)
+        try:
+            warn_of_network(self._store)
+        except BaseException:  # a warning made an error
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _try(self) -> bool:

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from tallstore.engine.environment import lmdb_errors
-from tallstore.engine.newfile import sync_directory
+from tallstore.engine.filesystem import sync_directory
 from tallstore.errors import OptionError, StoreExistsError
 from tallstore.progress import Report
 from tallstore.report.charts import Chart, charts

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tallstore.engine.filesystem import sync_directory
 from tallstore.errors import (
     OptionError,
     StoreFullError,
@@ -166,7 +167,7 @@ class SafetensorsWriter:
             os.fsync(self._fd)
             os.replace(self._temporary, self.path)
             self._temporary = None
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except OSError as exc:
             raise self._error(exc) from exc
 
@@ -198,15 +199,3 @@ class SafetensorsWriter:
         return StoreIOError(
             f"{self.path} cannot be written: {exc.strerror or exc}; check the path and the device"
         )
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename durable, where the system lets directories be synced."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(fd)
