@@ -54,6 +54,10 @@ class _Pass:
 
     def look(self, arena: int, span: int, opened: SpanFeed) -> None:
         """Take in a span."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._look(arena, span, opened)
+
+    def _look(self, arena: int, span: int, opened: SpanFeed) -> None:
         size = block_weights(len(self._feed.tasks))
         place = span * self._feed.layout.arenas[arena].span
         for cut in cuts(self._feed, self._rule.scope, arena, span):
@@ -113,7 +117,7 @@ def survey(
 
 
 def merge_span(surveyed: Surveyed, feed: Feed, arena: int, span: int, opened: SpanFeed) -> Floats:
-    """The merged vector of a span, float32, shape (weights,); zero in padding."""
+    """The merged vector of a span, float32, finite, shape (weights,); zero in padding."""
     size = block_weights(len(feed.tasks))
     place = span * feed.layout.arenas[arena].span
     merged = np.zeros(opened.count, np.float32)
@@ -121,7 +125,11 @@ def merge_span(surveyed: Surveyed, feed: Feed, arena: int, span: int, opened: Sp
         rule = surveyed.of(cut)
         for start, stop in cut.blocks(size):
             stretch = _stretch(feed, cut, arena, place, opened, start, stop)
-            merged[start:stop] = rule.merge(stretch)
+            with np.errstate(over="ignore", invalid="ignore"):
+                merged[start:stop] = rule.merge(stretch)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(merged.sum()):
+            np.nan_to_num(merged, copy=False)  # sums of finite vectors can overflow, both ways
     return merged
 
 
