@@ -350,7 +350,7 @@ def test_what_is_not_finite_counts_as_unmoved(tmp_path: Path) -> None:
     tasks["t1"]["layers.0.bias"][2] = float("nan")
     path = packed(tmp_path / "z.tall", base, tasks)
     merge = tallstore.merge(path, alpha=0.5)
-    assert merge.notes == ("t1: 'layers.0.bias' not finite, counted as unmoved",)
+    assert merge.notes == ("t1: 'layers.0.bias' counted as unmoved: not finite, or not tied",)
     still = {**tasks["t1"], "layers.0.bias": base["layers.0.bias"]}
     expected = Flat(base, {**tasks, "t1": still}).merge(base, "ta", list(tasks), 0.5)
     assert_same(merge.state, expected)
@@ -388,6 +388,48 @@ def test_tied_weights_and_resized_embeddings(tmp_path: Path) -> None:
     plain = tallstore.merge(path, alpha=0.5, private="base").state
     assert torch.equal(plain["embed"], shared + 0.5 * step)
     assert plain["embed"].data_ptr() == plain["lm_head"].data_ptr()
+
+
+def test_rows_of_other_heads_are_not_merged(tmp_path: Path) -> None:
+    """Of a difference from the base's head, which has other classes, none is taken."""
+    base, tasks = zoo()
+    for n, state in enumerate(tasks.values()):
+        state["head.weight"] = torch.full((5, 65), float(n + 1))
+    tallstore.save(base, tmp_path / "z.tall")
+    tallstore.add(tmp_path / "z.tall", tasks)
+    with tallstore.open(tmp_path / "z.tall") as store:
+        assert (
+            store.describe("t0").kept(
+                next(t for t in store.tensors("t0") if t.name == "head.weight")
+            )
+            == "coded, own"
+        ), "nothing is shown"
+    heads = {name: {**state, "head.weight": base["head.weight"]} for name, state in tasks.items()}
+    expected = Flat(base, heads).merge(base, "varm", list(tasks), 0.5)
+    options: dict[str, Any] = {"rule": "varm", "alpha": 0.5}
+    assert_same(tallstore.merge(tmp_path / "z.tall", private="base", **options).state, expected)
+    like = {**expected, "head.weight": tasks["t1"]["head.weight"]}
+    assert_same(tallstore.merge(tmp_path / "z.tall", private="t1", **options).state, like)
+    tallstore.merge(tmp_path / "z.tall", as_task="merged", private="t1", **options)
+    assert_same(tallstore.load(tmp_path / "z.tall", task="merged"), like)
+    alone = tallstore.merge(tmp_path / "z.tall", tasks=["t2"], alpha=1).state
+    assert_same(alone, tasks["t2"])
+
+
+def test_untied_weights_are_left_as_the_layout_has_them(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shared = torch.randn(300, 8, generator=draw)
+    base = {"embed": shared, "lm_head": shared.view(300, 8)}
+    tasks = {f"t{n}": {"embed": shared + n + 1, "lm_head": shared - n - 1} for n in range(2)}
+    path = packed(tmp_path / "z.tall", base, tasks)
+    merge = tallstore.merge(path, alpha=0.5)
+    assert merge.notes[0] == "t0: 'lm_head' counted as unmoved: not finite, or not tied"
+    step = (tasks["t0"]["embed"] - shared) + (tasks["t1"]["embed"] - shared)
+    assert torch.equal(merge.state["embed"], shared + 0.5 * step)
+    assert merge.state["embed"].data_ptr() == merge.state["lm_head"].data_ptr()
+    like = tallstore.merge(path, alpha=0.5, private="t1").state
+    assert torch.equal(like["embed"], merge.state["embed"])
+    assert torch.equal(like["lm_head"], tasks["t1"]["lm_head"])
 
 
 # -- where it goes ------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def unmerged(described: Mapping[str, Description]) -> list[str]:
         odd = [t.name for t in _own_tensors(found) if is_codable(t.dtype) and t.name not in private]
         if odd:
             names = ", ".join(map(repr, odd[:_SHOWN])) + (", ..." if len(odd) > _SHOWN else "")
-            remarks.append(f"{task}: {names} not finite, counted as unmoved")
+            remarks.append(f"{task}: {names} counted as unmoved: not finite, or not tied")
     return remarks
 
 

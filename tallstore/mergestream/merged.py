@@ -16,6 +16,7 @@ from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.loading import Loader, Progress, Put, no_progress
 from tallstore.mergestream.blend import Blend, BlendedSpan
+from tallstore.mergestream.stored import merged_parts
 from tallstore.specs import JSON, FileSpec, SegmentSpec, TensorSpec
 from tallstore.workers import workers
 
@@ -50,6 +51,10 @@ class MergedLoader(Loader):
         super().__init__(snapshot, catalog, task=like, device=device)
         self.what = f"{snapshot.path}: merge of {', '.join(map(repr, blend.feed.tasks))}"
         self._blend = blend
+        #: Segments of which a part is merged.
+        self._merged = set(range(len(self.contents.segments)))
+        if self.task is not None:
+            self._merged = {number for number, _ in merged_parts(self.task, self.base)}
 
     def _load_on(
         self, device: torch.device, kinds: Mapping[int, str], progress: Progress
@@ -64,10 +69,11 @@ class MergedLoader(Loader):
                 moved[number] = typed.to(device, torch_dtype(kind)).view(torch.uint8)
         return moved
 
-    def merges(self, key: _Key) -> bool:
-        """Whether a span holds merged weights."""
+    def merges(self, key: _Key, run: Run) -> bool:
+        """Whether a run of a span is of merged weights."""
         own, arena, _ = key
-        return not own and is_codable(self.base.layout.arenas[arena].dtype)
+        codable = is_codable(self.base.layout.arenas[arena].dtype)
+        return not own and codable and run.segment in self._merged
 
     def open(self, key: _Key) -> BlendedSpan:
         """Merge a span; valid until the same thread opens the next one."""
@@ -107,9 +113,12 @@ class MergedLoader(Loader):
     def pieces(self, key: _Key, wanted: Collection[int]) -> Iterator[tuple[Run, Bytes]]:
         """The runs of a span that belong to the segments `wanted`, with their bytes."""
         runs = [run for run in self.decoder.runs(key) if run.segment in wanted]
-        if self.merges(key):
+        merged = [run for run in runs if self.merges(key, run)]
+        if merged:
             opened = self.open(key)
-            yield from ((run, self.piece(opened, run)) for run in runs)
+            yield from ((run, self.piece(opened, run)) for run in merged)
+        runs = [run for run in runs if not self.merges(key, run)]
+        if not runs:
             return
         data = self.decoder.load(key, coded=any(run.coded for run in runs))
         sizes = [run.count * itemsize(self.contents.segments[run.segment].dtype) for run in runs]
@@ -170,7 +179,7 @@ class MergedSource:
                 out[low - start : high - start] = raw[low - first : high - first]
 
     def _raw(self, key: _Key, run: Run) -> Bytes:
-        if not self._loader.merges(key):
+        if not self._loader.merges(key, run):
             pieces = self._loader.pieces(key, {run.segment})
             return next(raw for other, raw in pieces if other == run)
         if getattr(self._last, "key", None) != key:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -16,7 +15,7 @@ from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
 from tallstore.coding import add_residual, to_float32
 from tallstore.decoding import Decoder
-from tallstore.documents import BASE, CODE, ArenaCode, BaseDocument, TaskDocument
+from tallstore.documents import BASE, CODE, ArenaCode, BaseDocument, Part, TaskDocument
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import SPAN
@@ -27,7 +26,7 @@ from tallstore.merging.rule import Flags
 from tallstore.scratch import Scratch
 from tallstore.workers import cores
 
-__all__ = ["StoreFeed", "StoredSpan"]
+__all__ = ["StoreFeed", "StoredSpan", "merged_parts"]
 
 #: Bytes that all threads together may hold of decoded spans.
 _MEMORY: Final = 512 << 20
@@ -35,6 +34,8 @@ _MEMORY: Final = 512 << 20
 #: vector, prediction, residual, merged vector, output, and as much again for what is passing.
 _BESIDE: Final = 12
 _MOST_THREADS: Final = 16
+#: A tensor of another size shares what it has in common with the base's if it is this much of it.
+_LEAST_SHARE: Final = 0.9
 
 
 class _Ranges:
@@ -61,33 +62,37 @@ class _Ranges:
         return found
 
 
-@dataclass(frozen=True)
+def merged_parts(document: TaskDocument, base: BaseDocument) -> Iterator[tuple[int, Part]]:
+    """(segment of the task, part) of all that a task has in common with the base.
+
+    Not the few rows that heads of other sizes share: those are other classes, whatever the store
+    keeps them as a difference from. A resized embedding shares nearly all of its rows.
+    """
+    for number, parts in enumerate(document.parts):
+        own = document.contents.segments[number].numel
+        for part in parts:
+            if part.kind in (BASE, CODE) and part.count:
+                whole = max(own, base.contents.segments[part.segment].numel)
+                if part.count >= _LEAST_SHARE * whole:
+                    yield number, part
+
+
 class _Task:
     """A task, and which of the base's weights it has."""
 
-    name: str
-    document: TaskDocument
-    codes: Mapping[int, ArenaCode] = field(init=False)
-    coded: Mapping[int, _Ranges] = field(init=False)
-    """By arena, what it has in a code of its own."""
-    known: Mapping[int, _Ranges] = field(init=False)
-    """By arena, what it has at all: with what it never moved."""
-
-    def place(self, base: BaseDocument) -> None:
-        """Find out where its parts lie."""
-        coded: dict[int, _Ranges] = defaultdict(_Ranges)
-        known: dict[int, _Ranges] = defaultdict(_Ranges)
-        for parts in self.document.parts:
-            for part in parts:
-                if part.kind not in (BASE, CODE) or not part.count:
-                    continue
-                place = base.layout.places[part.segment]
-                known[place.arena].add(place.offset + part.start, part.count)
-                if part.kind == CODE:
-                    coded[place.arena].add(place.offset + part.start, part.count)
-        object.__setattr__(self, "codes", {code.arena: code for code in self.document.codes})
-        object.__setattr__(self, "coded", coded)
-        object.__setattr__(self, "known", known)
+    def __init__(self, name: str, document: TaskDocument, base: BaseDocument) -> None:
+        self.name = name
+        self.document = document
+        self.codes = {code.arena: code for code in document.codes}
+        #: By arena, what it has in a code of its own.
+        self.coded: dict[int, _Ranges] = defaultdict(_Ranges)
+        #: By arena, what it has at all: with what it never moved.
+        self.known: dict[int, _Ranges] = defaultdict(_Ranges)
+        for _, part in merged_parts(document, base):
+            place = base.layout.places[part.segment]
+            self.known[place.arena].add(place.offset + part.start, part.count)
+            if part.kind == CODE:
+                self.coded[place.arena].add(place.offset + part.start, part.count)
 
     def within(self, arena: int, start: int, stop: int) -> list[tuple[int, int]]:
         """The coded weights among some."""
@@ -131,9 +136,8 @@ class StoreFeed:
         self.layout = base.layout
         self.shapes: Shapes = shapes(base.contents.tensors, base.contents.segments)
         self.tasks = tuple(tasks)
-        self.stored = [_Task(name, document) for name, document in tasks.items()]
+        self.stored = [_Task(name, document, base) for name, document in tasks.items()]
         for task in self.stored:
-            task.place(base)
             # For the sake of its checks: streams as long as their arenas.
             Decoder(snapshot, base, task=task.document, vector=vector)
         self.arenas = [n for n, arena in enumerate(self.layout.arenas) if is_codable(arena.dtype)]
