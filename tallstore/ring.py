@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -210,46 +211,59 @@ class Ring:
                 staged[name] = room.buffers.take(name, data.size)
                 staged[name].copy_(host, non_blocking=True)
             loaded.slot.copied = copied = self._event(self._copying)
-        made = 0
         with self._module.stream(self._computing):
             self._computing.wait_event(copied)
-            for number, run in enumerate(loaded.runs):
-                made += self._finish(number, run, loaded, staged, room, targets, put)
+            places = [self._target(run, targets) for run in loaded.runs]
+            results = self._results(loaded.runs, places, room)
+            for run, place, into in zip(loaded.runs, places, results, strict=True):
+                self._finish(run, loaded.span, staged, into)
+                if place is not None and place is not into:
+                    place.copy_(into.view(torch_dtype(self._kind(run))))
+            if put is not None:
+                self._send_back(loaded.runs, places, results, room, put)
             room.done = self._event(self._computing)
-        return made
+        return sum(result.numel() for result in results)
+
+    def _kind(self, run: Run) -> str:
+        return self._decoder.segments[run.segment].dtype
+
+    def _target(self, run: Run, targets: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
+        """Where a run goes: as bytes, or of the dtype that it is to be cast to."""
+        target = targets.get(run.segment)
+        if target is None:
+            return None
+        width = self._decoder.width(run)
+        if target.dtype == torch.uint8:
+            return target[run.start * width : (run.start + run.count) * width]
+        place = target[run.start : run.start + run.count]
+        return place.view(torch.uint8) if target.dtype == torch_dtype(self._kind(run)) else place
+
+    def _results(
+        self, runs: Sequence[Run], places: Sequence[torch.Tensor | None], room: _Room
+    ) -> list[torch.Tensor]:
+        """Bytes to decode runs to: their places, or parts of one buffer of the room."""
+        sizes = [run.count * self._decoder.width(run) for run in runs]
+        direct = [place is not None and place.dtype == torch.uint8 for place in places]
+        held = [0 if there else _padded(n) for n, there in zip(sizes, direct, strict=True)]
+        buffer = room.buffers.take("out", sum(held)) if any(held) else None
+        results, start = [], 0
+        for place, size, taken in zip(places, sizes, held, strict=True):
+            if buffer is not None and taken:
+                results.append(buffer[start : start + size])
+            elif place is not None:
+                results.append(place)
+            start += taken
+        return results
 
     def _finish(
-        self,
-        number: int,
-        run: Run,
-        loaded: _Loaded,
-        staged: Mapping[str, torch.Tensor],
-        room: _Room,
-        targets: Mapping[int, torch.Tensor],
-        put: Callable[[int, int, Bytes], None] | None,
-    ) -> int:
-        """Bring a run to its place, from the span's chunks on the device."""
+        self, run: Run, span: Span, staged: Mapping[str, torch.Tensor], into: torch.Tensor
+    ) -> None:
+        """Make the bytes of a run, from the span's chunks on the device."""
         width = self._decoder.width(run)
-        kind = self._decoder.segments[run.segment].dtype
-        target = targets.get(run.segment)
-        place = None if target is None else target[run.start : run.start + run.count]
-        if target is not None and target.dtype == torch.uint8 and width != 1:
-            place = target[run.start * width : (run.start + run.count) * width]
-        elif place is not None and place.dtype == torch_dtype(kind):
-            place = place.view(torch.uint8)
-        into = place if place is not None and place.dtype == torch.uint8 else None
-        if into is None:
-            into = room.buffers.take(f"out {number}", run.count * width)
-        if not run.coded:
-            into.copy_(staged["base"][run.within * width : (run.within + run.count) * width])
+        if run.coded:
+            self._reconstruct(run, span, staged, self._kind(run), into)
         else:
-            self._reconstruct(run, loaded.span, staged, kind, into)
-        if place is None:
-            if put is not None:
-                room.deliveries.append(self._send_back(number, run, room, into, put))
-        elif place is not into:
-            place.copy_(into.view(torch_dtype(kind)))
-        return run.count * width
+            into.copy_(staged["base"][run.within * width : (run.within + run.count) * width])
 
     def _reconstruct(
         self,
@@ -281,12 +295,27 @@ class Ring:
 
     def _send_back(
         self,
-        number: int,
-        run: Run,
+        runs: Sequence[Run],
+        places: Sequence[torch.Tensor | None],
+        results: Sequence[torch.Tensor],
         room: _Room,
-        made: torch.Tensor,
         put: Callable[[int, int, Bytes], None],
-    ) -> Callable[[], None]:
-        back = room.back.take(f"out {number}", made.numel())
-        back.copy_(made, non_blocking=True)
-        return lambda: put(run.segment, run.start, back.numpy())
+    ) -> None:
+        """Start the way back of what has no place on the device."""
+        wanted = [
+            (run, made)
+            for run, place, made in zip(runs, places, results, strict=True)
+            if place is None
+        ]
+        back = room.back.take("out", sum(made.numel() for _, made in wanted))
+        start = 0
+        for run, made in wanted:
+            host = back[start : start + made.numel()]
+            start += made.numel()
+            host.copy_(made, non_blocking=True)
+            room.deliveries.append(partial(put, run.segment, run.start, host.numpy()))
+
+
+def _padded(size: int) -> int:
+    """Whole 16 bytes: what the kernels move at a time."""
+    return -(-size // 16) * 16
