@@ -1,11 +1,15 @@
 """What the kernels share: the block, device helpers, and how a launch is shaped.
 
 Knows triton and torch only. Every kernel is launched with `enable_fp_fusion=False`: a product and
-a sum are rounded one after the other, as on the CPU.
+a sum are rounded one after the other, as on the CPU. Numbers that no address depends on are not
+specialized: a new end, or number of tasks, must not compile a kernel again.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +25,7 @@ __all__ = [
     "launching_on",
     "rounded",
     "spread",
+    "start_driver",
     "tl_dtype",
 ]
 
@@ -52,10 +57,21 @@ def lanes(*dtypes: torch.dtype | None) -> int:
     return min(8, 16 // max(dtype.itemsize for dtype in dtypes if dtype is not None))
 
 
-def launching_on(tensor: torch.Tensor) -> Any:
+#: One thread at a time launches: else each of several compiles the kernel that is not there yet.
+_LAUNCHING: Final = threading.RLock()
+
+
+@contextmanager
+def launching_on(tensor: torch.Tensor) -> Iterator[None]:
     """A context in which kernels start on a tensor's device and current stream."""
     # Triton launches on torch's current device, whatever device its arguments are on.
-    return torch.cuda.device_of(tensor)
+    with _LAUNCHING, torch.cuda.device_of(tensor):
+        yield
+
+
+def start_driver() -> None:
+    """Have Triton build what it launches kernels with; whatever keeps it from that is raised."""
+    triton.runtime.driver.active.get_current_device()
 
 
 @triton.jit

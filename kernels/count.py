@@ -90,7 +90,7 @@ def _uses(
     tl.store(out + weight, counts, mask=weight < stop if MASKED else None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "stop"])
 def uses_kernel(
     masks, stride, tasks, out, start, stop, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr, WORD: tl.constexpr,
@@ -136,7 +136,7 @@ def _at_least(
     tl.store(out.to(tl.pointer_type(WORD)) + at, carry.to(WORD), mask=inside if MASKED else None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "least", "stop"])
 def at_least_kernel(
     masks, stride, tasks, least, out, start, stop, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     WORD: tl.constexpr,
@@ -180,7 +180,7 @@ def _histogram(
         uses += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "stop"])
 def histogram_kernel(
     masks, stride, tasks, out, start, stop, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     WORD: tl.constexpr,

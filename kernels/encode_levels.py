@@ -100,7 +100,7 @@ def _block(
         store_flags(x, y, nearest, same, finite, block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def levels_kernel(
     base,
     vector,

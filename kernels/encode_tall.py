@@ -62,7 +62,7 @@ def _block(
         store_flags(x, y, from_base, same, finite, block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def tall_kernel(
     base,
     vector,
@@ -135,7 +135,7 @@ def encode_tall(
             base,
             vector,
             finetuned,
-            tall_lambda,
+            float(tall_lambda),
             plane,
             None if sums is None else sums.ones,
             None if sums is None else sums.moved,

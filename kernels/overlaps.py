@@ -36,7 +36,7 @@ def _overlaps(
         other += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "stop"])
 def overlaps_kernel(
     masks, stride, tasks, out, start, stop, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     WORD: tl.constexpr,

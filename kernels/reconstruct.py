@@ -81,7 +81,7 @@ def _tile(
     tl.store(out + at, rounded(x, DTYPE, SOFT), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def reconstruct_kernel(
     base,
     planes,
@@ -163,7 +163,8 @@ def reconstruct(
         reconstruct_kernel[(triton.cdiv(stop - start, tile),)](
             base,
             planes,
-            0 if planes is None else planes.stride(0),
+            # Of one plane it is not used, and must not make a kernel of its own.
+            planes.stride(0) if planes is not None and count > 1 else 0,
             vector,
             rows,
             table,

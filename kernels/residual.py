@@ -51,7 +51,7 @@ def _tile(
     tl.store(out + at, word.to(NARROW).to(p.dtype, bitcast=True), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def residual_kernel(
     predicted,
     zigzag,

@@ -75,7 +75,7 @@ def _value(planes, plane_stride, block, inside, BITS: tl.constexpr, BLOCK: tl.co
     return code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane_stride"])
 def touch_kernel(
     planes,
     plane_stride,
@@ -113,7 +113,7 @@ def touch_kernel(
         put_back(base, out, place, inside, DTYPE, SOFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane_stride", "word_stride"])
 def expand_kernel(
     planes,
     plane_stride,

@@ -64,7 +64,7 @@ def _entry(
     return place, word >> 12
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop"])
 def touch_kernel(
     old_entries,
     old_starts,
@@ -126,7 +126,7 @@ def touch_kernel(
             chunk += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["word_stride", "stop"])
 def expand_kernel(
     entries,
     starts,

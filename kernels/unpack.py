@@ -48,7 +48,7 @@ def _tile(
     tl.store(out + at, codes, mask=at < stop if MASKED else None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stop"])
 def unpack_kernel(
     planes,
     plane_stride,

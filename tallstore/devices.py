@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final
 
 import torch
 
-from tallstore.errors import DeviceError, OptionError
+from tallstore.errors import DeviceError, OptionError, TallstoreError
 
-__all__ = ["Buffers", "new_queue", "on_device", "wanted_device"]
+__all__ = ["Buffers", "new_queue", "on_device", "ring_queues", "wanted_device"]
 
 #: Since torch 2.8.
 _Failure: Final = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
@@ -45,6 +46,16 @@ def wanted_device(device: torch.device | str | None) -> torch.device:
     return place
 
 
+@cache
+def ring_queues(device: torch.device) -> tuple[Any, Any]:
+    """Two streams of the device's, always the same.
+
+    torch keeps memory that was given back for the stream that it was taken on: with new streams
+    every time it would keep that of many.
+    """
+    return new_queue(device), new_queue(device)
+
+
 def new_queue(device: torch.device) -> Any:
     """A stream of the device's; of the CPU one that does nothing."""
     if device.type == "cuda":
@@ -68,8 +79,18 @@ def on_device(device: torch.device, doing: str) -> Iterator[None]:
             f"{device}: out of memory while {doing}; {free >> 20} of {total >> 20} MiB are free. "
             "Free some, load fewer tensors (names=), or load with device='cpu'"
         ) from exc
-    except _Failure as exc:
+    except Exception as exc:
+        if not _of_a_device(exc):
+            raise
         raise DeviceError(f"{device}: failed while {doing}: {exc}") from exc
+
+
+def _of_a_device(exc: Exception) -> bool:
+    if isinstance(exc, TallstoreError):
+        return False
+    # Triton has classes of its own, but for what the driver says; so had torch before 2.8.
+    said = isinstance(exc, RuntimeError) and ("CUDA" in str(exc) or "Triton" in str(exc))
+    return said or isinstance(exc, _Failure) or type(exc).__module__.startswith("triton.")
 
 
 class Buffers:

@@ -24,7 +24,7 @@ import torch
 
 from tallstore.codecs import Bytes
 from tallstore.decoding import Decoder, Run, Span, SpanKey
-from tallstore.devices import Buffers, new_queue, on_device
+from tallstore.devices import Buffers, on_device, ring_queues
 from tallstore.dtypes import is_codable, torch_dtype
 from tallstore.errors import CorruptStoreError
 from tallstore.ops import TALL_LEVELS, add_residual, choose_backend, reconstruct
@@ -113,8 +113,9 @@ class Ring:
         self._backend = choose_backend(device, backend) if decoder.has_codes else None
         self._threads = threads or min(cores(), _THREADS)
         self._module = torch.get_device_module(device)
-        self._levels = torch.tensor([TALL_LEVELS], dtype=torch.float32, device=device)
-        self._copying, self._computing = new_queue(device), new_queue(device)
+        with on_device(device, "loading"):
+            self._levels = torch.tensor([TALL_LEVELS], dtype=torch.float32, device=device)
+            self._copying, self._computing = ring_queues(device)
         self._slots = [_Slot(self) for _ in range(2 * self._threads + 2)]
         self._rooms = [_Room(self) for _ in range(ROOMS)]
 

@@ -67,9 +67,14 @@ def workers(count: int | None = None) -> Iterator[Workers]:
         ready.wait()
 
     with ThreadPoolExecutor(count, thread_name_prefix="tallstore") as pool:
-        for _ in range(count):
-            pool.submit(prepare)
-        ready.wait()
+        try:
+            for _ in range(count):
+                pool.submit(prepare)
+            ready.wait()
+        except BaseException:
+            # A thread could not be started, or Ctrl-C: those that wait must not wait for ever.
+            ready.abort()
+            raise
         # The call in the workers also set the process-wide default: put that back.
         torch.set_num_threads(threads)
         yield Workers(pool, count)

@@ -34,7 +34,7 @@ class Case:
     kernel: str
     types: Mapping[str, str]
     """Triton's names, such as ``"*bf16"`` or ``"i64"``; pointers and integers count as divisible
-    by 16, unless named in `odd`."""
+    by 16, unless named in `odd` or never specialized."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Values of constexprs, and None for absent pointers; ``"tl.bfloat16"`` stands for a dtype."""
     warps: int = 4
@@ -116,7 +116,7 @@ def _compile(case: dict[str, Any], target: str) -> dict[str, Any]:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind[0] in "*iu" and name not in case["odd"]
+        if kind[0] in "*iu" and name not in (*case["odd"], *kernel.do_not_specialize)
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     cuda = target.startswith("sm_")

@@ -99,7 +99,7 @@ class Device:
         self.queues = [self.default]
         self.now = self.default
 
-    def queue(self, device: torch.device) -> Queue:
+    def queue(self) -> Queue:
         self.queues.append(Queue(self))
         return self.queues[-1]
 
@@ -121,7 +121,7 @@ class Device:
         finally:
             self.now = before
 
-    def Event(self) -> Event:  # noqa: N802
+    def Event(self) -> Event:
         return Event(self)
 
     def later(self, work: Callable[..., object]) -> Callable[..., None]:
@@ -152,7 +152,7 @@ class Copies(TorchFunctionMode):
 @pytest.fixture(params=[(0, 0.0), (1, 0.3), (2, 0.7), (3, 0.9)], ids=str)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device(*request.param)
-    monkeypatch.setattr(ringing, "new_queue", made.queue)
+    monkeypatch.setattr(ringing, "ring_queues", lambda _: (made.queue(), made.queue()))
     monkeypatch.setattr(torch, "get_device_module", lambda _: made)
     for name in ("reconstruct", "add_residual"):
         monkeypatch.setattr(ringing, name, made.later(getattr(ringing, name)))

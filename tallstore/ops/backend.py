@@ -13,6 +13,8 @@ __all__ = ["Backend", "choose_backend"]
 Backend = Literal["cpu", "triton", "reference"]
 
 _BACKENDS: Final = ("cpu", "triton", "reference")
+#: What is left where the kernels are not: `ops` alone takes backend=.
+_ELSE: Final = "use device='cpu' (of tallstore.ops: backend='reference')"
 
 
 def choose_backend(device: torch.device, backend: str | None) -> Backend:
@@ -54,11 +56,11 @@ def choose_backend(device: torch.device, backend: str | None) -> Backend:
 
 def _check_triton(device: torch.device) -> None:
     try:
-        from tallstore.kernels.common import INTERPRETED
+        from tallstore.kernels.common import INTERPRETED, start_driver
     except ImportError as exc:
         raise DeviceError(
             f"{device}: the kernels need Triton, which cannot be imported ({exc}); "
-            "pip install 'tallstore[gpu]', or pass backend='reference'"
+            f"pip install 'tallstore[gpu]', or {_ELSE}"
         ) from exc
     if device.type == "cpu" and not INTERPRETED:
         raise DeviceError(
@@ -67,6 +69,15 @@ def _check_triton(device: torch.device) -> None:
         )
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"backend='triton': the tensors are on {device}, not on a CUDA device")
+    if INTERPRETED:
+        return
+    try:
+        start_driver()
+    except Exception as exc:  # whatever a compiler, or a driver that is not there, leads to
+        raise DeviceError(
+            f"{device}: Triton cannot start ({type(exc).__name__}: {exc}); it needs a GPU driver, "
+            f"a C compiler and Python's headers (gcc, python3-dev), or {_ELSE}"
+        ) from exc
 
 
 def same_device(**tensors: torch.Tensor | None) -> torch.device:

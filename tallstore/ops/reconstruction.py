@@ -74,7 +74,8 @@ def reconstruct(
     if chosen == "triton":
         from tallstore.kernels.reconstruct import reconstruct as launch
 
-        launch(base, planes, vector, table.to(device), out, rows=rows)
+        # Copying levels over waits for the device: not where none is used.
+        launch(base, planes, vector, table.to(device) if count else None, out, rows=rows)
         return
     for some, row in _runs(rows, base.numel()):
         part = None if planes is None else planes[:, some.start // 8 : (some.stop + 7) // 8]
