@@ -63,7 +63,7 @@ def test_no_such_task(zoo: Path, args: list[str]) -> None:
         (["nonsense"], "No such command"),
         (["ls"], "Missing argument 'STORE'"),
         (["ls", "a", "b"], "unexpected extra argument"),
-        (["pack", "a.tall", "b=b.pt"], "Missing option '--base'"),
+        (["pack", "a.tall", "b=b.pt"], "One of --base and --external-base is needed"),
         (["pack", "a.tall", "--base", "b"], "No tasks"),
         (["pack", "a=a", "--base", "b"], "No store"),
         (["pack", "a.tall", "b=", "--base", "b"], "path is missing"),
