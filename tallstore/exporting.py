@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import defaultdict
@@ -17,6 +18,7 @@ from tallstore.codecs import Bytes
 from tallstore.dtypes import itemsize
 from tallstore.engine.environment import lmdb_errors
 from tallstore.engine.filesystem import sync_directory
+from tallstore.engine.temporary import claimed, remove_stale
 from tallstore.errors import CorruptStoreError, OptionError, StoreExistsError
 from tallstore.loading import Loader, Progress, no_progress
 from tallstore.sources.safetensors_file import METADATA_FILE
@@ -176,9 +178,9 @@ def _export_directory(
 ) -> list[Path]:
     if max_shard_size <= 0:
         raise OptionError(f"max_shard_size={max_shard_size}: a positive number of bytes")
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
+    remove_stale(out.parent, rf"\.{re.escape(out.name)}\.[0-9a-f]{{12}}\.tmp")
     with lmdb_errors(out, doing="write"):
-        temporary.mkdir()
+        temporary, claim = _temporary_directory(out)
         try:
             for file in loader.contents.files:
                 if file.path == METADATA_FILE:
@@ -194,7 +196,19 @@ def _export_directory(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            os.close(claim)
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _temporary_directory(out: Path) -> tuple[Path, int]:
+    """A new directory beside `out`, and the descriptor that claims it."""
+    while True:
+        temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
+        temporary.mkdir()
+        claim = claimed(temporary)
+        if claim is not None:
+            return temporary, claim
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -16,15 +16,15 @@ from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
 from tallstore.describing import read_base
 from tallstore.documents import BaseDocument
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
+from tallstore.engine.lockless import holding_off
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
-from tallstore.engine.session import WriteSession, reclaim
+from tallstore.engine.session import WriteSession, pages_in_use, reclaim
 from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import (
     CorruptStoreError,
     StoreExistsError,
-    StoreReadOnlyError,
     TaskExistsError,
     UnknownTaskError,
 )
@@ -63,22 +63,19 @@ class _Open:
 @contextmanager
 def _writing(path: Path, *, timeout: float) -> Iterator[_Open]:
     """Lock the store at `path` and hold it for writing."""
-    with WriterLock(path, timeout=timeout), _held(path) as held:
+    with WriterLock(path, timeout=timeout), _held(path, timeout=timeout) as held:
         yield held
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[_Open]:
+def _held(path: Path, *, timeout: float) -> Iterator[_Open]:
     """Hold a locked store for writing, rid of what interrupted writes left in it."""
     environment = open_environment(path)
     try:
-        if not environment.writable:
-            raise StoreReadOnlyError(
-                f"{path}: it cannot be written; check the permissions of the file, of its "
-                "directory and of the file system"
-            )
-        environment.handles += 1
-        snapshot = _snapshot(environment)
+        _check_writable(environment)
+        with lmdb_errors(path, doing="write"), holding_off(path, timeout=timeout):
+            environment.handles += 1
+            snapshot = _snapshot(environment)
         try:
             catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
             reclaim(environment, snapshot.manifest)
@@ -87,6 +84,11 @@ def _held(path: Path) -> Iterator[_Open]:
             snapshot.close()
     finally:
         environment.close()
+
+
+def _check_writable(environment: Environment) -> None:
+    if environment.refusal is not None:
+        raise environment.refusal
 
 
 def _snapshot(environment: Environment) -> Snapshot:
@@ -121,11 +123,12 @@ def write_object(
         The store there has tasks, which hang on its base, and `overwrite` is false.
     """
     with WriterLock(path, timeout=timeout):
-        if path.exists() and _write_over(path, source, overwrite, compress, report):
+        if path.exists() and _write_over(path, source, overwrite, compress, timeout, report):
             return
         new = NewFile(path)
         try:
-            with WriteSession(new.environment, Manifest(store=os.urandom(16))) as session:
+            manifest = Manifest(store=os.urandom(16))
+            with WriteSession(new.environment, manifest, room=_size(source)) as session:
                 _fill(session, source, compress, report)
             new.publish(timeout=timeout)
         finally:
@@ -133,10 +136,15 @@ def write_object(
 
 
 def _write_over(
-    path: Path, source: Source, overwrite: bool, compress: bool, report: Report | None
+    path: Path,
+    source: Source,
+    overwrite: bool,
+    compress: bool,
+    timeout: float,
+    report: Report | None,
 ) -> bool:
     """Write a new generation into a store that is in use; False where it is not."""
-    with _held(path) as held:
+    with _held(path, timeout=timeout) as held:
         if held.catalog.tasks and not overwrite:
             names = ", ".join(map(repr, list(held.catalog.tasks)[:5]))
             raise StoreExistsError(
@@ -147,13 +155,17 @@ def _write_over(
         # Two handles are this function's own: the store's and its snapshot's.
         if held.environment.handles <= 2 and not held.environment.in_use_elsewhere():
             return False
-        with WriteSession(held.environment, held.manifest) as session:
+        with WriteSession(held.environment, held.manifest, room=_size(source)) as session:
             _fill(session, source, compress, report)
         return True
 
 
+def _size(source: Source) -> int:
+    return sum(segment.nbytes for segment in source.segments)
+
+
 def _fill(session: WriteSession, source: Source, compress: bool, report: Report | None) -> None:
-    total = sum(segment.nbytes for segment in source.segments)
+    total = _size(source)
     with workers() as pool:
         record, _ = write_base(
             session,
@@ -221,7 +233,11 @@ def append_tasks(
             candidate = Candidate(name, source, plan, base.layout)
             targets.append(Target(candidate=candidate, tall_lambda=None, exact=True))
         total = sum(t.candidate.plan.coded for t in targets) * 4
-        with WriteSession(held.environment, held.manifest) as session, workers() as pool:
+        room = sum(_size(source) for source in tasks.values())
+        with (
+            WriteSession(held.environment, held.manifest, room=room) as session,
+            workers() as pool,
+        ):
             records = encode_tasks(
                 session,
                 held.snapshot,
@@ -301,10 +317,11 @@ def compact_store(path: Path, *, timeout: float) -> tuple[int, int]:
     """
     with WriterLock(path, timeout=timeout):
         before = path.stat().st_size if path.exists() else 0
-        with _reclaimed(path) as environment:
+        with _reclaimed(path, timeout=timeout) as environment:
             new = NewFile(path)
             try:
-                new.copy_of(environment)
+                with lmdb_errors(path, doing="compact", needed=pages_in_use(environment)):
+                    new.copy_of(environment)
             except BaseException:
                 new.discard()
                 raise
@@ -316,17 +333,17 @@ def compact_store(path: Path, *, timeout: float) -> tuple[int, int]:
 
 
 @contextmanager
-def _reclaimed(path: Path) -> Iterator[Environment]:
+def _reclaimed(path: Path, *, timeout: float) -> Iterator[Environment]:
     environment = open_environment(path)
     try:
-        environment.handles += 1
-        snapshot = _snapshot(environment)
-        manifest = snapshot.manifest
-        snapshot.close()
-        if not environment.writable:
-            raise StoreReadOnlyError(f"{path}: it cannot be written, so it cannot be compacted")
-        reclaim(environment, manifest)
-        with lmdb_errors(path, doing="compact"):
-            yield environment
+        _check_writable(environment)
+        with lmdb_errors(path, doing="compact"), holding_off(path, timeout=timeout):
+            environment.handles += 1
+            snapshot = _snapshot(environment)
+        try:
+            reclaim(environment, snapshot.manifest)
+        finally:
+            snapshot.close()
+        yield environment
     finally:
         environment.close()

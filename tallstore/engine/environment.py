@@ -9,14 +9,10 @@ file never changes under LMDB's lock file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
-import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,12 +24,12 @@ try:
 except ImportError:  # before 3.0
     _envid = None  # type: ignore[assignment]
 
+from tallstore.advice import reserve
 from tallstore.engine.datafile import check_data_file
+from tallstore.engine.lockless import register
+from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
 from tallstore.errors import (
-    CorruptStoreError,
     NotAStoreError,
-    StoreFullError,
-    StoreIOError,
     StoreLockedError,
     StoreNotFoundError,
     StoreReadOnlyError,
@@ -42,91 +38,14 @@ from tallstore.errors import (
 
 __all__ = ["Environment", "create_environment", "lmdb_errors", "lock_file", "open_environment"]
 
-#: Address space, not disk; LMDB maps the file into it and never past its end.
-_MAP_SIZE: Final = 1 << 40
 _SMALLEST_MAP: Final = 1 << 28
-_MAX_READERS: Final = 510
+#: Of LMDB's lock file with that many readers.
+_LOCK_FILE_SIZE: Final = 1 << 15
 
 
 def lock_file(path: Path) -> Path:
     """Where LMDB keeps its reader table for the data file at `path`."""
     return path.with_name(path.name + "-lock")
-
-
-@contextmanager
-def lmdb_errors(path: Path, *, doing: str, needed: int | None = None) -> Iterator[None]:
-    """Turn what LMDB and the operating system raise into errors that say what to do.
-
-    Parameters
-    ----------
-    path
-        The store's file.
-    doing
-        What was going on: "open", "write".
-    needed
-        Bytes that were about to be written.
-    """
-    try:
-        yield
-    except TallstoreError:  # some are OSErrors too
-        raise
-    except lmdb.Error as exc:
-        raise _translated(exc, path, doing, needed) from exc
-    except OSError as exc:
-        raise _os_translated(exc.errno, path, doing, needed, str(exc)) from exc
-
-
-def _translated(exc: lmdb.Error, path: Path, doing: str, needed: int | None) -> Exception:
-    if isinstance(exc, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError)):
-        return CorruptStoreError(f"{path}: cannot {doing}, LMDB's tree is damaged: {exc}")
-    if isinstance(exc, (lmdb.InvalidError, lmdb.VersionMismatchError)):
-        return NotAStoreError(f"{path}: cannot {doing}, not an LMDB file of this version: {exc}")
-    if isinstance(exc, lmdb.ReadersFullError):
-        return StoreLockedError(
-            f"{path}: cannot {doing}, all {_MAX_READERS} reader slots are taken; close readers"
-        )
-    if isinstance(exc, lmdb.ReadonlyError):
-        return StoreReadOnlyError(f"{path}: cannot {doing}, it was opened read-only")
-    if "already open in this process" in str(exc):
-        return StoreLockedError(
-            f"{path}: cannot {doing}, a file that was at this path before, and was deleted or "
-            "moved, is still open in this process; close the handles on it first"
-        )
-    # py-lmdb puts LMDB's return code, an errno for system errors, at the end of the text only
-    # for some classes; `code` is there from 2.0 on.
-    code = getattr(exc, "code", 0)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
-        if code == number or os.strerror(number) in str(exc):
-            return _os_translated(number, path, doing, needed, str(exc))
-    if isinstance(exc, lmdb.MapFullError):
-        return StoreFullError(f"{path}: cannot {doing}, the map of {_MAP_SIZE} bytes is full")
-    return StoreIOError(f"{path}: cannot {doing}: {exc}")
-
-
-def _os_translated(
-    number: int | None, path: Path, doing: str, needed: int | None, text: str
-) -> Exception:
-    if number in (errno.ENOSPC, errno.EDQUOT) or _is_full(number, path, needed):
-        room = f" (at least {needed} more bytes are needed)" if needed else ""
-        return StoreFullError(
-            f"{path}: cannot {doing}, no space left on the device{room}; "
-            "what was stored before is intact. Free some space and try again"
-        )
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return StoreReadOnlyError(f"{path}: cannot {doing}, no permission ({text})")
-    if number == errno.ENOENT:
-        return StoreNotFoundError(f"{path}: no such file or directory")
-    return StoreIOError(f"{path}: cannot {doing}: {text}")
-
-
-def _is_full(number: int | None, path: Path, needed: int | None) -> bool:
-    """Whether an input/output error is a full disk: LMDB says so where a write came short."""
-    if number != errno.EIO or not needed:
-        return False
-    try:
-        return shutil.disk_usage(path.parent).free < needed
-    except OSError:
-        return False
 
 
 @dataclass(eq=False)
@@ -135,7 +54,8 @@ class Environment:
 
     path: Path
     lmdb: lmdb.Environment
-    writable: bool
+    refusal: TallstoreError | None
+    """Why it cannot be written; None if it can."""
     presence: int
     """File descriptor that holds the shared flock."""
     key: tuple[int, int] | None = None
@@ -143,6 +63,11 @@ class Environment:
     process: int = field(default_factory=os.getpid)
     destination: Path | None = None
     """Where a file under a temporary name is to go: what messages call it."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written."""
+        return self.refusal is None
 
     @property
     def shown(self) -> Path:
@@ -167,10 +92,10 @@ class Environment:
         """Leave no litter: LMDB's lock file goes with the last user of the data file."""
         if not self.writable:
             return
-        if self.key is None:  # nobody else's
-            lock_file(self.path).unlink(missing_ok=True)
-            return
         with contextlib.suppress(OSError):
+            if self.key is None:  # nobody else's
+                lock_file(self.path).unlink(missing_ok=True)
+                return
             fcntl.flock(self.presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(self.presence), self.path.stat()):
                 lock_file(self.path).unlink(missing_ok=True)
@@ -293,11 +218,11 @@ def _lmdb_open(
         "readahead": True,
         "writemap": False,
         "meminit": True,
-        "max_readers": _MAX_READERS,
+        "max_readers": MAX_READERS,
         "mode": 0o666,
         "max_spare_txns": 1,
     }
-    size = _MAP_SIZE
+    size = MAP_SIZE
     if path.exists():
         size = max(size, 4 * path.stat().st_size)
     while True:
@@ -318,6 +243,36 @@ def _can_write(path: Path) -> bool:
     lock = lock_file(path)
     lockable = os.access(lock, os.W_OK) if lock.exists() else os.access(path.parent, os.W_OK)
     return os.access(path, os.W_OK) and lockable
+
+
+def _make_lock_file(path: Path) -> None:
+    """Have the room that LMDB's lock file takes set aside.
+
+    LMDB writes it through a map: on a full disk that would kill the process, even to read.
+    """
+    descriptor = os.open(lock_file(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        reserve(descriptor, os.fstat(descriptor).st_size or _LOCK_FILE_SIZE)
+    finally:
+        os.close(descriptor)
+
+
+def _prepare_lock_file(path: Path) -> tuple[bool, TallstoreError | None]:
+    """Whether there is a lock file to use, and why the store cannot be written, if it cannot."""
+    refusal: TallstoreError | None = None
+    if not _can_write(path):
+        refusal = StoreReadOnlyError(
+            f"{path}: it cannot be written, no permission; check those of the file, of its "
+            "directory and of the file system"
+        )
+        if not os.access(lock_file(path), os.W_OK):
+            return False, refusal
+    try:
+        _make_lock_file(path)
+    except OSError as exc:
+        found = system_refusal(exc.errno, lock_file(path), "make it", _LOCK_FILE_SIZE, str(exc))
+        return False, refusal or found
+    return True, refusal
 
 
 def _presence(path: Path) -> int:
@@ -359,15 +314,16 @@ def open_environment(path: Path) -> Environment:
                 os.close(presence)
                 return found
             check_data_file(path)
-            writable = _can_write(path)
-            lock = writable or os.access(lock_file(path), os.W_OK)
-            opened = _lmdb_open(path, readonly=not writable, lock=lock, create=False)
+            lock, refusal = _prepare_lock_file(path)
+            if not lock:
+                register(presence)
+            opened = _lmdb_open(path, readonly=refusal is not None, lock=lock, create=False)
         except BaseException:
             os.close(presence)
             raise
         if lock:
             opened.reader_check()  # slots of readers that were killed would pin old pages
-        environment = Environment(path, opened, writable, presence, key)
+        environment = Environment(path, opened, refusal, presence, key)
         _REGISTRY.opened[key] = environment
         return environment
 
@@ -382,7 +338,8 @@ def create_environment(path: Path, *, destination: Path) -> Environment:
     without one, LMDB would use pages again that this process's own snapshots still read.
     """
     with lmdb_errors(destination, doing="create"):
+        _make_lock_file(path)
         opened = _lmdb_open(path, readonly=False, lock=True, create=True, sync=False)
         presence = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(presence, fcntl.LOCK_EX)
-        return Environment(path, opened, True, presence, destination=destination)
+        return Environment(path, opened, None, presence, destination=destination)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -19,6 +19,7 @@ from tallstore.engine.environment import (
 )
 from tallstore.engine.filesystem import sync_directory
 from tallstore.engine.snapshot import Snapshot
+from tallstore.engine.temporary import remove_stale
 from tallstore.errors import NotAStoreError, StoreNotFoundError
 
 __all__ = ["NewFile"]
@@ -38,19 +39,21 @@ class NewFile:
         self.path = path
         self._remove_stale()
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        self.environment: Environment = create_environment(self._temporary, destination=path)
+        try:
+            self.environment: Environment = create_environment(self._temporary, destination=path)
+        except BaseException:
+            for left in (self._temporary, lock_file(self._temporary)):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            raise
 
     def _remove_stale(self) -> None:
-        """Remove what killed writers left: theirs are the files that nobody holds a lock on."""
-        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-            with contextlib.suppress(OSError):
-                descriptor = os.open(stale, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    lock_file(stale).unlink(missing_ok=True)
-                    stale.unlink()
-                finally:
-                    os.close(descriptor)
+        """Remove what killed writers left: the caller has the lock, so they are no more."""
+        name = re.escape(self.path.name)
+        remove_stale(self.path.parent, rf"\.{name}\.[0-9a-f]{{12}}\.tmp")
+        for lock in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp-lock"):
+            if not lock.with_name(lock.name.removesuffix("-lock")).exists():
+                lock.unlink(missing_ok=True)
 
     def copy_of(self, environment: Environment) -> None:
         """Become a compacted copy of another environment, read back chunk by chunk."""

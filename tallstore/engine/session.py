@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tallstore.advice import release_pages, start_writeback
+from tallstore.advice import fault_in, release_pages, start_writeback
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
@@ -27,7 +27,7 @@ from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, TallstoreError
 
-__all__ = ["StreamWriter", "WriteSession", "reclaim"]
+__all__ = ["StreamWriter", "WriteSession", "pages_in_use", "reclaim"]
 
 #: Bytes of chunks a transaction; LMDB holds them a second time while it is open.
 _BATCH: Final = 64 << 20
@@ -79,9 +79,11 @@ class WriteSession:
         Where to write; the session takes no handle of its own.
     before
         The manifest in force, or a new one for a new store.
+    room
+        Bytes that all of it will take, as far as is known: for the message on a full disk.
     """
 
-    def __init__(self, environment: Environment, before: Manifest) -> None:
+    def __init__(self, environment: Environment, before: Manifest, *, room: int = 0) -> None:
         self._environment = environment
         self._before = before
         self._next = before.next_stream
@@ -89,6 +91,7 @@ class WriteSession:
         self._queue: queue.Queue[tuple[bytes, memoryview] | None] = queue.Queue()
         self._room = threading.Condition()
         self._waiting = 0
+        self._lacking = room
         self._failure: BaseException | None = None
         self._committed = False
         self._thread = threading.Thread(target=self._drain, name="tallstore-writer", daemon=True)
@@ -167,14 +170,18 @@ class WriteSession:
     def _write(self, batch: list[tuple[bytes, memoryview]], size: int) -> None:
         self.step("chunks")
         environment = self._environment
-        with lmdb_errors(environment.shown, doing="write", needed=size):
+        needed = max(size, self._lacking)
+        with lmdb_errors(environment.shown, doing="write", needed=needed):
             fit_file(environment, spare=size + _SPARE)
             with environment.lmdb.begin(write=True) as transaction:
                 for key, value in batch:
-                    transaction.put(key, value)
+                    if not transaction.put(key, value, overwrite=False):
+                        what = f"{environment.shown}: chunk {split_key(key)}"
+                        raise CorruptStoreError(f"{what} is there already, of another write")
             start_writeback(environment.presence)
             fit_file(environment)
             self._read_back([key for key, _ in batch])
+        self._lacking -= size
 
     def _read_back(self, keys: list[bytes]) -> None:
         """No save succeeds with other bytes than it was given: check what the file gives back."""
@@ -184,14 +191,32 @@ class WriteSession:
                 what = f"{self._environment.shown}: read back of chunk {split_key(key)}"
                 if value is None:
                     raise CorruptStoreError(f"{what}: it is not there")
+                fault_in(value)
                 check_chunk(value, store=self.store, key=key, what=what)
                 release_pages(np.frombuffer(value, np.uint8))
 
     def _finish(self) -> None:
         self._queue.put(None)
-        self._thread.join()
+        self._join()
         if self._failure is not None:
             raise self._failure
+
+    def _join(self) -> None:
+        """Wait for the writer thread, whoever interrupts: the lock must not go before it rests."""
+        interrupt: BaseException | None = None
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except BaseException as exc:
+                interrupt = exc
+                self._give_up()
+        if interrupt is not None:
+            raise interrupt
+
+    def _give_up(self) -> None:
+        with self._room:
+            self._failure = self._failure or CorruptStoreError("the write was given up")
+            self._room.notify_all()
 
     # -- commit ---------------------------------------------------------------------------
 
@@ -230,20 +255,33 @@ class WriteSession:
             environment.lmdb.sync(True)
             self.step("committed")
             self._committed = True
-            fit_file(environment)
-        reclaim(environment, after, step=self.step)
+        with contextlib.suppress(TallstoreError):
+            # All is there, and durable: what cannot be tidied up now, the next write does.
+            reclaim(environment, after, step=self.step)
         return after
 
     def abort(self) -> None:
-        """Give up: nothing becomes visible, and the chunks written so far are removed."""
-        with self._room:
-            self._failure = self._failure or CorruptStoreError("the write was given up")
-            self._room.notify_all()
+        """Give up: nothing becomes visible, and the chunks written so far are removed.
+
+        Unless an interrupt, or a device that failed, came after the manifest had flipped: then
+        the new generation stays.
+        """
+        self._give_up()
         self._queue.put(None)
-        self._thread.join()
+        self._join()
         with contextlib.suppress(TallstoreError):
             # What cannot be removed now, on a full disk say, the next write removes.
-            reclaim(self._environment, self._before)
+            reclaim(self._environment, self._in_force())
+
+    def _in_force(self) -> Manifest:
+        """The manifest that the file holds: what it refers to must stay."""
+        shown = self._environment.shown
+        with (
+            lmdb_errors(shown, doing="read"),
+            self._environment.lmdb.begin(buffers=True) as transaction,
+        ):
+            value = transaction.get(MANIFEST_KEY)
+            return self._before if value is None else Manifest.from_bytes(value, what=str(shown))
 
 
 def reclaim(
@@ -251,7 +289,7 @@ def reclaim(
 ) -> int:
     """Remove the chunks of streams that `manifest` does not know; returns how many there were."""
     removed = 0
-    with lmdb_errors(environment.shown, doing="reclaim space"):
+    with lmdb_errors(environment.shown, doing="reclaim space", needed=_SPARE):
         while doomed := _unreferenced(environment, manifest):
             if step is not None:
                 step("reclaim")
@@ -262,6 +300,14 @@ def reclaim(
             removed += len(doomed)
         fit_file(environment)
     return removed
+
+
+def pages_in_use(environment: Environment) -> int:
+    """Bytes of the pages that are not free: what a compacted copy takes."""
+    stat = environment.lmdb.stat()
+    return int(
+        (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + 2) * stat["psize"]
+    )
 
 
 def fit_file(environment: Environment, *, spare: int = 0) -> None:

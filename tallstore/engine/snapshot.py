@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tallstore.advice import release_pages
+from tallstore.advice import fault_in, release_pages
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
@@ -54,6 +54,7 @@ class Snapshot:
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
                     raise NotAStoreError(f"{self.path}: an LMDB file, but not a tallstore")
+                fault_in(value)
                 self.manifest = Manifest.from_bytes(value, what=str(self.path))
             except BaseException:
                 self._transaction.abort()
@@ -115,6 +116,8 @@ class Snapshot:
         if len(value) > HEADER_SIZE + stream.stored:
             # Before a byte is touched: a damaged length would lead past the file's end.
             raise CorruptStoreError(f"{what}: {len(value)} bytes, more than its whole stream")
+        with lmdb_errors(self.path, doing=f"read {what}"):
+            fault_in(value)
         return value, check_chunk(value, store=self.manifest.store, key=key, what=what)
 
     def _what(self, stream: Stream, chunk: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
 from tallstore.devices import wanted_device
 from tallstore.documents import BaseDocument, Contents, ExternalReference
-from tallstore.dtypes import CODABLE
+from tallstore.dtypes import CODABLE, itemsize
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
 from tallstore.engine.session import WriteSession
@@ -174,7 +174,7 @@ class _Packing:
         surveying = self._meter.stage("survey", self._weights * rule.surveys)
         feed = CandidateFeed(_contents(self._base), layout, self._base.read, self._candidates)
         surveyed = survey(rule, feed, workers=self._pool, progress=surveying)
-        with WriteSession(self._new.environment, self._manifest) as session:
+        with WriteSession(self._new.environment, self._manifest, room=self._room(dtype)) as session:
             record, document = self._write_base(session, encoding)
             vector = write_vector(
                 session,
@@ -206,6 +206,13 @@ class _Packing:
             progress=self._meter.stage("base", total),
         )
 
+    def _room(self, dtype: str) -> int:
+        """Bytes that the base and the shared vector take."""
+        base = self._base.segments
+        stored = 0 if self._external is not None else sum(segment.nbytes for segment in base)
+        weights = sum(segment.numel for segment in base if segment.dtype in CODABLE)
+        return stored + weights * itemsize(dtype)
+
     def tasks(
         self,
         lambdas: Sequence[float],
@@ -226,7 +233,10 @@ class _Packing:
                 self._target(snapshot, document, vector, candidate, lambdas, evaluate, masks, exact)
                 for candidate in self._candidates
             ]
-            with WriteSession(environment, self._manifest) as session:
+            # A bit per weight; a residual, before it is compressed, is as long as the weights.
+            room = sum(c.plan.coded for c in self._candidates) // 8
+            room += self._weights if exact else 0
+            with WriteSession(environment, self._manifest, room=room) as session:
                 records = encode_tasks(
                     session,
                     snapshot,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tallstore.engine.filesystem import sync_directory
+from tallstore.engine.temporary import claimed, remove_stale
 from tallstore.errors import (
     OptionError,
     StoreFullError,
@@ -86,18 +87,17 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._temporary: Path | None = None
         self._fd = -1
+        self._claim: int | None = None
         #: Size in bytes of the whole file.
         self.nbytes = max((t.end for t in self._tensors.values()), default=len(self._header))
 
     def __enter__(self) -> SafetensorsWriter:
         if self.path.is_dir():
             raise StoreIOError(f"{self.path} is a directory; name a file to write")
-        # Not a prefix of the name: that may have all 255 bytes already.
-        temporary = self.path.parent / f".tallstore-{secrets.token_hex(8)}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        remove_stale(self.path.parent, r"\.tallstore-[0-9a-f]{16}\.tmp")
         try:
-            self._fd = os.open(temporary, flags, 0o666)
-            self._temporary = temporary
+            while self._claim is None:
+                self._make()
             os.ftruncate(self._fd, self.nbytes)
             self._pwrite(memoryview(self._header), 0)
         except OSError as exc:
@@ -107,6 +107,16 @@ class SafetensorsWriter:
             self._discard()
             raise
         return self
+
+    def _make(self) -> None:
+        # Not a prefix of the name: that may have all 255 bytes already.
+        temporary = self.path.parent / f".tallstore-{secrets.token_hex(8)}.tmp"
+        if self._fd >= 0:
+            os.close(self._fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(temporary, flags, 0o666)
+        self._temporary = temporary
+        self._claim = claimed(temporary)
 
     def write(self, name: str, start_byte: int, data: Any) -> None:
         """Write bytes of the tensor `name`, from its byte `start_byte` on. Thread-safe.
@@ -179,6 +189,9 @@ class SafetensorsWriter:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            os.close(claim)
 
     def _error(self, exc: OSError) -> TallstoreError:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):

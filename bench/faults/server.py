@@ -1,0 +1,127 @@
+"""A process that has everything imported and the shim preloaded, and forks a child per request.
+
+``python -m bench.faults.server`` reads one JSON object a line and answers with one. It has no
+threads when it forks, and never opens a store itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from bench.faults.operations import OPERATIONS, check, make_template
+from bench.faults.shim import Shim
+from tallstore.engine import newfile, session
+from tallstore.errors import TallstoreError
+
+__all__ = ["main"]
+
+#: Seconds after which a child counts as hanging.
+_PATIENCE: Final = 120.0
+
+
+def _kill_at_step(step: str, occurrence: int) -> None:
+    """Have this process killed when a named step comes for the `occurrence`-th time."""
+    left = [occurrence]
+
+    def reached(name: str) -> None:
+        if name == step:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # never: but no other thread gets further meanwhile
+
+    session.WriteSession.step = lambda self, name: reached(name)  # type: ignore[method-assign]
+    publish = newfile.NewFile.publish
+
+    def wrapped(self: newfile.NewFile, *, timeout: float) -> None:
+        reached("publish")
+        publish(self, timeout=timeout)
+        reached("published")
+
+    newfile.NewFile.publish = wrapped  # type: ignore[method-assign]
+
+
+def _child(request: dict[str, Any]) -> dict[str, Any]:
+    place, name = Path(request["place"]), request["operation"]
+    if request["do"] == "template":
+        make_template(place)
+        return {}
+    if request["do"] == "check":
+        template = Path(request["template"])
+        return {"new": check(place, template, name, finished=request["finished"])}
+    # A transaction each few chunks, as large stores have them.
+    session._BATCH = 1 << 15  # type: ignore[misc]
+    shim = Shim(os.environ["LD_PRELOAD"])
+    if request.get("step"):
+        _kill_at_step(request["step"], request.get("occurrence", 1))
+    arm = request.get("arm", {})
+    log = Path(arm.pop("log")) if "log" in arm else None
+    shim.arm(place, log=log, **arm)
+    started = time.perf_counter()
+    try:
+        OPERATIONS[name].run(place)
+        shim.mark("done")
+    except TallstoreError as exc:
+        return {"refused": type(exc).__name__, "message": str(exc), "count": shim.count}
+    finally:
+        shim.disarm()
+    return {"seconds": time.perf_counter() - started, "count": shim.count}
+
+
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 0
+        os.close(reader)
+        try:
+            os.write(tell, b".")
+            answer = _child(request)
+        except BaseException as exc:
+            answer = {"failed": f"{type(exc).__name__}: {exc}", "trace": traceback.format_exc()}
+            status = 1
+        os.write(writer, json.dumps(answer).encode())
+        os._exit(status)
+    os.close(writer)
+    os.close(tell)
+    try:
+        if "delay" in request:
+            os.read(ready, 1)
+            time.sleep(request["delay"])
+            os.kill(child, signal.SIGKILL)
+        hanging = not select.select([reader], [], [], _PATIENCE)[0]
+        if hanging:
+            os.kill(child, signal.SIGKILL)
+        answer = b""
+        while piece := os.read(reader, 1 << 16):
+            answer += piece
+        status = os.waitpid(child, 0)[1]
+    finally:
+        os.close(reader)
+        os.close(ready)
+    result: dict[str, Any] = {"exit": os.waitstatus_to_exitcode(status), "hanging": hanging}
+    if answer and not os.WIFSIGNALED(status):
+        result.update(json.loads(answer))
+    return result
+
+
+def main() -> None:
+    """Answer until there are no more requests."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(_serve(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
