@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tallstore
 from tallstore.errors import StoreNotFoundError
 
 __all__ = ["OPERATIONS", "Operation", "check", "content", "make_template", "prepare", "problems"]
+
+_MERGED: Final = "merged"
 
 State = dict[str, torch.Tensor]
 Content = dict[str | None, State]
@@ -107,6 +109,14 @@ def _unpack_directory(place: Path) -> None:
         store.unpack(None, place / "out", max_shard_size=20_000)
 
 
+def _merge_as_task(place: Path) -> None:
+    tallstore.merge(place / "zoo.tall", tasks=["t0", "t2"], as_task=_MERGED)
+
+
+def _merge_to_a_file(place: Path) -> None:
+    tallstore.merge(place / "zoo.tall", place / "merged.safetensors", tasks=["t0", "t2"])
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One kind of write."""
@@ -114,8 +124,8 @@ class Operation:
     run: Callable[[Path], None]
     before: Content | None
     """What the store holds before; None where there is none."""
-    after: Content | None
-    """What it holds afterwards; None where that is learnt from a run that nobody disturbs."""
+    after: Content
+    """What it holds afterwards, but for a merged task."""
     makes: str = ""
     """What it makes beside the store."""
     steps: tuple[str, ...] = ()
@@ -146,6 +156,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "unpack to a file": Operation(_unpack_file, _OLD, _OLD, "out.safetensors"),
     "unpack over a file": Operation(_unpack_file, _OLD, _OLD, "out.safetensors"),
     "unpack to a directory": Operation(_unpack_directory, _OLD, _OLD, "out"),
+    "merge as a task": Operation(_merge_as_task, _OLD, _OLD, "", _IN_PLACE),
+    "merge to a file": Operation(_merge_to_a_file, _OLD, _OLD, "merged.safetensors"),
 }
 
 
@@ -174,6 +186,7 @@ def make_template(folder: Path) -> None:
     with tallstore.open(path) as store:
         store.unpack("t1", folder / "wanted" / "out.safetensors")
         store.unpack(None, folder / "wanted" / "out", max_shard_size=20_000)
+    tallstore.merge(path, folder / "wanted" / "merged.safetensors", tasks=["t0", "t2"])
     (folder / "wanted" / "before").write_bytes(b"what was there before")
 
 
@@ -266,7 +279,7 @@ def check(place: Path, template: Path, name: str, *, finished: bool) -> bool:
     strange = sorted(n for n in litter if not _LITTER.fullmatch(n))
     _demand(not strange, f"{strange} left behind")
     found = content(path)
-    is_new = _same(found, operation.after)
+    is_new = _same(found, _after(template, name))
     if found is None:
         _demand(operation.before is None, "the store is gone")
     _demand(is_new or _same(found, operation.before), f"holds {found and list(found)}")
@@ -275,6 +288,13 @@ def check(place: Path, template: Path, name: str, *, finished: bool) -> bool:
     _demand(is_new or not finished, "it had returned, and is not there")
     _go_on(place, template, name, found)
     return is_new
+
+
+def _after(template: Path, name: str) -> Content:
+    after = OPERATIONS[name].after
+    if name != "merge as a task":
+        return after
+    return {**after, _MERGED: load_file(template / "wanted" / "merged.safetensors")}
 
 
 def _check_made(place: Path, template: Path, name: str) -> bool:
