@@ -29,7 +29,11 @@ def _processor() -> str:
 def _commit() -> str:
     def git(*args: str) -> str:
         root = Path(__file__).parent.parent
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
+        command = ["git", *args]
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        except OSError:  # a machine without git
+            return ""
         return done.stdout.strip()
 
     dirty = "+" if git("status", "--porcelain", "--", "tallstore", "kernels") else ""

@@ -29,8 +29,8 @@ def wanted_device(device: torch.device | str | None) -> torch.device:
     """
     try:
         place = torch.device("cpu" if device is None else device)
-    except RuntimeError as exc:
-        raise OptionError(f"device={device!r}: {exc}") from exc
+    except (RuntimeError, TypeError) as exc:
+        raise OptionError(f"device={device!r}: {' '.join(str(exc).split())}") from exc
     if place.type not in ("cpu", "cuda"):
         raise OptionError(f"device={device!r}: tensors load to 'cpu' or 'cuda'")
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -39,7 +39,10 @@ def wanted_device(device: torch.device | str | None) -> torch.device:
         )
     if place.type == "cuda":
         count = torch.cuda.device_count()
-        number = torch.cuda.current_device() if place.index is None else place.index
+        try:
+            number = torch.cuda.current_device() if place.index is None else place.index
+        except RuntimeError as exc:  # CUDA starts here: another process may hold the device
+            raise DeviceError(f"device={device!r}: CUDA cannot start: {exc}") from exc
         if number >= count:
             raise DeviceError(f"device={device!r}: there are {count} CUDA devices, from 0 on")
         place = torch.device("cuda", number)

@@ -23,6 +23,7 @@ from bench.gpu.clock import Clock
 from bench.rows import write
 from tallstore.describing import describe
 from tallstore.dtypes import torch_dtype
+from tallstore.layout import BLOCK
 from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.store import TallStore
 from tallstore.workers import workers
@@ -76,26 +77,24 @@ class Resident:
         reconstruct(self.base, planes, self.vector, self._levels, self.out)
 
 
-def make_zoo(folder: Path, weights: int) -> tuple[Path, Path, Path]:
+def make_zoo(folder: Path, weights: int, device: torch.device) -> tuple[Path, Path, Path]:
     """Stores with and without the exact tier, and the original of a task as safetensors."""
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(0)
+    # Drawn where it is fast: a billion numbers take one core of the host most of a minute.
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(scale: float) -> torch.Tensor:
+        made = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return made.normal_(0, scale, generator=generator).cpu()
+
     layers = max(1, weights >> 26)
     size = weights // layers
-    base = {
-        f"layers.{n}.weight": torch.empty(size, dtype=torch.bfloat16).normal_(
-            0, 0.02, generator=generator
-        )
-        for n in range(layers)
-    }
+    base = {f"layers.{n}.weight": draw(0.02) for n in range(layers)}
     paths = {}
     save_file(base, folder / "base.safetensors")
     for task in ("a", "b"):
-        tuned = {
-            name: tensor + torch.empty_like(tensor).normal_(0, 0.001, generator=generator)
-            for name, tensor in base.items()
-        }
+        tuned = {name: tensor + draw(0.001) for name, tensor in base.items()}
         paths[task] = folder / f"{task}.safetensors"
         save_file(tuned, paths[task])
     for exact in (False, True):
@@ -107,7 +106,7 @@ def measure(clock: Clock, folder: Path, weights: int) -> list[dict[str, Any]]:
     """Rows of every way to the device."""
     from safetensors.torch import load_file
 
-    masks, exact, original = make_zoo(folder, weights)
+    masks, exact, original = make_zoo(folder, weights, clock.device)
     device = clock.device
     state = load_file(original)
     pickled = folder / "a.pt"
@@ -122,7 +121,11 @@ def measure(clock: Clock, folder: Path, weights: int) -> list[dict[str, Any]]:
         resident.switch("b")
         resident.switch("a")
         flat = torch.cat([t.flatten() for t in wanted.values()])
-        if len(wanted) == 1 and not torch.equal(resident.out[: flat.numel()].cpu(), flat):
+        # Tensors of whole blocks lie side by side in the arena; the last may end anywhere.
+        *whole, _ = wanted.values()
+        if any(t.numel() % BLOCK for t in whole):
+            raise SystemExit(f"--weights: layers of whole blocks of {BLOCK} are needed")
+        if not torch.equal(resident.out[: flat.numel()].cpu(), flat):
             raise SystemExit("a resident base gives other weights")
         runs: dict[str, Callable[[], object]] = {
             "tallstore, masks, cold base": lambda: _load(masks, device),
@@ -178,7 +181,7 @@ def _rows(
 def main() -> None:
     """Measure, print, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=int, default=1 << 30)
+    parser.add_argument("--weights", type=int, default=1 << 29)
     parser.add_argument("--cache", type=Path, help="where the files go, some 12 bytes a weight")
     parser.add_argument("--results", type=Path, help="where the rows go, not bench/results")
     parser.add_argument("--try", dest="trying", action="store_true", help="tiny, nothing written")
