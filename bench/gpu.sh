@@ -16,10 +16,10 @@ export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 several=$("$python" -c 'import os, xdist; print(f"-n {min(os.cpu_count() or 1, 12)}")' 2>/dev/null)
 failed=0
 # shellcheck disable=SC2086
-timeout 170 "$python" -m pytest -q -p no:cacheprovider $several -k "not arch and not amd" \
+timeout -s INT -k 10 165 "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors $several -k "not arch and not amd" \
     tests/test_kernel_*.py tests/test_ops*.py tests/test_ring.py tests/test_device_packing.py ||
     { echo "bench/gpu.sh: the kernel tests failed, or took too long" >&2 && failed=1; }
 # A speedup is worth nothing beside a failed test, but what was measured tells where to look.
-timeout 200 "$python" -m bench.gpu.kernels --results "$results" || failed=1
-timeout 100 "$python" -m bench.gpu.loading --results "$results" || failed=1
+timeout -k 5 200 "$python" -m bench.gpu.kernels --results "$results" || failed=1
+timeout -k 5 95 "$python" -m bench.gpu.loading --results "$results" || failed=1
 exit "$failed"

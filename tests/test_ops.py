@@ -187,6 +187,35 @@ else:
 """)
 
 
+def test_a_triton_that_cannot_start_is_told_before_anything_is_launched() -> None:
+    run_child("""
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from tallstore.errors import DeviceError
+from tallstore.kernels import common
+from tallstore.ops import choose_backend
+def fail():
+    raise RuntimeError("Failed to find C compiler")
+common.start_driver = fail
+try:
+    choose_backend(torch.device("cuda"), None)
+except DeviceError as exc:
+    assert "Failed to find C compiler" in str(exc) and "gcc" in str(exc), exc
+else:
+    raise AssertionError("not refused")
+if not torch.cuda.is_available():
+    import importlib
+    importlib.reload(common)
+    try:
+        choose_backend(torch.device("cuda"), None)
+    except DeviceError as exc:
+        assert "Triton cannot start" in str(exc), exc
+    else:
+        raise AssertionError("not refused")
+""")
+
+
 def test_weights_take_no_room_of_their_own() -> None:
     """Nothing of the model's size is allocated by the way."""
     n = 1 << 22

@@ -19,9 +19,7 @@ def test_a_thread_that_cannot_start_is_told_and_the_others_end(
     submit = ThreadPoolExecutor.submit
     calls = 0
 
-    def second_fails(
-        pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any
-    ) -> Future[Any]:
+    def second_fails(pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Future[Any]:
         nonlocal calls
         calls += 1
         if calls == 2:
