@@ -143,6 +143,8 @@ class Environment:
     process: int = field(default_factory=os.getpid)
     destination: Path | None = None
     """Where a file under a temporary name is to go: what messages call it."""
+    walked: int = -1
+    """The transaction whose tree was checked last."""
 
     @property
     def shown(self) -> Path:
@@ -358,7 +360,7 @@ def open_environment(path: Path) -> Environment:
                 found.handles += 1
                 os.close(presence)
                 return found
-            check_data_file(path)
+            check_data_file(presence, path)
             writable = _can_write(path)
             lock = writable or os.access(lock_file(path), os.W_OK)
             opened = _lmdb_open(path, readonly=not writable, lock=lock, create=False)

@@ -17,6 +17,8 @@ from tallstore.engine.environment import (
     lock_file,
     open_environment,
 )
+from tallstore.engine.guard import check_before_copying
+from tallstore.engine.session import commit_again
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import NotAStoreError, StoreNotFoundError
 
@@ -64,6 +66,7 @@ class NewFile:
 
     def copy_of(self, environment: Environment) -> None:
         """Become a compacted copy of another environment, read back chunk by chunk."""
+        check_before_copying(environment)
         descriptor = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
         try:
             self.environment.lmdb.close()
@@ -74,6 +77,7 @@ class NewFile:
             os.close(descriptor)
         self.environment.close()
         self.environment = create_environment(self._temporary, destination=self.path)
+        commit_again(self.environment)  # LMDB leaves the other meta page empty
         self.environment.handles += 1
         snapshot = Snapshot(self.environment)
         try:

@@ -22,12 +22,13 @@ from tallstore.advice import release_pages, start_writeback
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.guard import check_before_writing
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, TallstoreError
 
-__all__ = ["StreamWriter", "WriteSession", "reclaim"]
+__all__ = ["StreamWriter", "WriteSession", "commit_again", "reclaim"]
 
 #: Bytes of chunks a transaction; LMDB holds them a second time while it is open.
 _BATCH: Final = 64 << 20
@@ -79,9 +80,15 @@ class WriteSession:
         Where to write; the session takes no handle of its own.
     before
         The manifest in force, or a new one for a new store.
+
+    Raises
+    ------
+    CorruptStoreError
+        The file is damaged where a write would spread the damage.
     """
 
     def __init__(self, environment: Environment, before: Manifest) -> None:
+        check_before_writing(environment, before.streams)
         self._environment = environment
         self._before = before
         self._next = before.next_stream
@@ -231,7 +238,10 @@ class WriteSession:
             self.step("committed")
             self._committed = True
             fit_file(environment)
-        reclaim(environment, after, step=self.step)
+        if not reclaim(environment, after, step=self.step):
+            # What was committed stays committed if this fails.
+            with contextlib.suppress(TallstoreError):
+                commit_again(environment)
         return after
 
     def abort(self) -> None:
@@ -253,6 +263,8 @@ def reclaim(
     removed = 0
     with lmdb_errors(environment.shown, doing="reclaim space"):
         while doomed := _unreferenced(environment, manifest):
+            if not removed:
+                check_before_writing(environment, manifest.streams)
             if step is not None:
                 step("reclaim")
             fit_file(environment, spare=_SPARE)
@@ -262,6 +274,22 @@ def reclaim(
             removed += len(doomed)
         fit_file(environment)
     return removed
+
+
+def commit_again(environment: Environment) -> None:
+    """Commit the manifest a second time, so that both of LMDB's meta pages lead to it.
+
+    Were only the newest to do so, damage to that one page could bring back the store as it was
+    before the write.
+    """
+    with lmdb_errors(environment.shown, doing="commit"):
+        fit_file(environment, spare=_SPARE)
+        with environment.lmdb.begin(write=True) as transaction:
+            value = transaction.get(MANIFEST_KEY)
+            if value is not None:
+                transaction.put(MANIFEST_KEY, value)
+        environment.lmdb.sync(True)
+        fit_file(environment)
 
 
 def fit_file(environment: Environment, *, spare: int = 0) -> None:

@@ -14,6 +14,7 @@ from tallstore.advice import release_pages
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.guard import begin_reading
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
@@ -38,7 +39,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self._process = os.getpid()
         with lmdb_errors(self.path, doing="read"):
-            self._transaction = environment.lmdb.begin(buffers=True)
+            self._transaction = begin_reading(environment)
             try:
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
