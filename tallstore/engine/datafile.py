@@ -143,7 +143,7 @@ def read_metas(descriptor: int, path: Path) -> tuple[DataFile, DataFile]:
         page_size = guess.page_size if guess else os.sysconf("SC_PAGE_SIZE")
         second = os.pread(descriptor, _SIZE, page_size)
         try:
-            return _both(first, second, path)
+            return _both(first, second, path, os.fstat(descriptor).st_size)
         except TallstoreError:
             # Read half of what another process was writing? Then it reads differently now.
             if (first, second) == before:
@@ -152,14 +152,14 @@ def read_metas(descriptor: int, path: Path) -> tuple[DataFile, DataFile]:
     raise CorruptStoreError(f"{path}: its meta pages keep changing; {CURE}")
 
 
-def _both(first: bytes, second: bytes, path: Path) -> tuple[DataFile, DataFile]:
+def _both(first: bytes, second: bytes, path: Path, size: int) -> tuple[DataFile, DataFile]:
     metas = [_meta(first), _meta(second)]
     if metas == [None, None]:
         raise _no_meta(first, path)
     for number, (page, meta) in enumerate(zip((first, second), metas, strict=True)):
         damage = _damage(number, page, meta)
         if len(page) < _SIZE:
-            raise TruncatedStoreError(f"{path}: cut off before its second page ends; {CURE}")
+            raise TruncatedStoreError(f"{path}: truncated after {size} bytes, in a meta page; {CURE}")
         if damage is not None:
             raise CorruptStoreError(f"{path}: meta page {number} is damaged: {damage}; {CURE}")
     one, two = metas

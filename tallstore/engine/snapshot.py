@@ -72,7 +72,7 @@ class Snapshot:
                 f"{self.path}: this handle was closed, or opened before a fork; open it again"
             )
         with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
-            value = self._transaction.get(key)
+            value: memoryview | None = self._transaction.get(key)
         if value is None:
             raise CorruptStoreError(f"{what} is missing from the store")
         return value

@@ -83,12 +83,17 @@ class Tree:
         """Parts one after another, with all the pages."""
         none = np.zeros(0, np.uint64)
 
-        def joined(name: str) -> Any:
-            return np.concatenate([getattr(part, name) for part in parts]) if parts else none
+        def joined(columns: list[Numbers]) -> Numbers:
+            return np.concatenate([none, *columns])
 
-        keys = joined("keys").reshape(-1, 3)
-        columns = [joined(name) for name in ("sizes", "places", "runs", "counts")]
-        return cls(keys, *columns, np.concatenate(pages) if pages else none)
+        return cls(
+            keys=np.concatenate([_LOWEST[:0], *(part.keys for part in parts)]),
+            sizes=joined([part.sizes for part in parts]),
+            places=joined([part.places for part in parts]),
+            runs=joined([part.runs for part in parts]),
+            counts=joined([part.counts for part in parts]),
+            pages=joined(pages),
+        )
 
     def extents(self) -> tuple[Numbers, Numbers]:
         """First page and count of everything that the tree takes."""
@@ -236,9 +241,9 @@ class _Walk:
 
 def _less(a: Keys, b: Keys) -> NDArray[np.bool_]:
     """Whether keys sort before others, row by row."""
-    shorter: NDArray[np.bool_] = a[:, 2] < b[:, 2]
-    second = (a[:, 1] < b[:, 1]) | ((a[:, 1] == b[:, 1]) & shorter)
-    return (a[:, 0] < b[:, 0]) | ((a[:, 0] == b[:, 0]) & second)
+    second = (a[:, 1] < b[:, 1]) | ((a[:, 1] == b[:, 1]) & (a[:, 2] < b[:, 2]))
+    less: NDArray[np.bool_] = (a[:, 0] < b[:, 0]) | ((a[:, 0] == b[:, 0]) & second)
+    return less
 
 
 def walk(
