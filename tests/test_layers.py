@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
     },
     {
         "checking",
+        "damage",
         "decoding",
         "describing",
         "exporting",
@@ -55,6 +56,7 @@ LAYERS: list[set[str]] = [
         "masks",
         "opening",
         "packing",
+        "repairing",
         "store",
         "storesource",
         "writing",

@@ -159,7 +159,9 @@ def _both(first: bytes, second: bytes, path: Path, size: int) -> tuple[DataFile,
     for number, (page, meta) in enumerate(zip((first, second), metas, strict=True)):
         damage = _damage(number, page, meta)
         if len(page) < _SIZE:
-            raise TruncatedStoreError(f"{path}: truncated after {size} bytes, in a meta page; {CURE}")
+            raise TruncatedStoreError(
+                f"{path}: truncated after {size} bytes, in a meta page; {CURE}"
+            )
         if damage is not None:
             raise CorruptStoreError(f"{path}: meta page {number} is damaged: {damage}; {CURE}")
     one, two = metas

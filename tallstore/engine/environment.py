@@ -28,7 +28,7 @@ try:
 except ImportError:  # before 3.0
     _envid = None  # type: ignore[assignment]
 
-from tallstore.engine.datafile import check_data_file
+from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.errors import (
     CorruptStoreError,
     NotAStoreError,
@@ -143,8 +143,8 @@ class Environment:
     process: int = field(default_factory=os.getpid)
     destination: Path | None = None
     """Where a file under a temporary name is to go: what messages call it."""
-    walked: int = -1
-    """The transaction whose tree was checked last."""
+    walked: DataFile | None = None
+    """The meta page whose tree was checked last."""
 
     @property
     def shown(self) -> Path:

@@ -22,8 +22,8 @@ _ATTEMPTS: Final = 100
 _CHUNK_KEY: Final = 12
 
 
-def begin_reading(environment: Environment) -> Any:
-    """A read transaction with buffers whose whole tree was checked.
+def begin_reading(environment: Environment) -> tuple[Any, DataFile]:
+    """A read transaction with buffers whose whole tree was checked, and its meta page.
 
     Raises
     ------
@@ -33,8 +33,9 @@ def begin_reading(environment: Environment) -> Any:
     for _ in range(_ATTEMPTS):
         transaction = environment.lmdb.begin(buffers=True)
         try:
-            if _walked(environment, transaction.id()):
-                return transaction
+            file = _walked(environment, transaction.id())
+            if file is not None:
+                return transaction, file
         except BaseException:
             transaction.abort()
             raise
@@ -44,16 +45,17 @@ def begin_reading(environment: Environment) -> Any:
     )
 
 
-def _walked(environment: Environment, number: int) -> bool:
-    """Check the tree of one transaction; False where its meta page is overwritten already."""
-    if environment.walked == number:
-        return True
+def _walked(environment: Environment, number: int) -> DataFile | None:
+    """Check the tree of one transaction; None where its meta page is overwritten already."""
+    known = environment.walked
+    if known is not None and known.transaction == number:
+        return known
     for file in read_metas(environment.presence, environment.shown):
         if file.transaction == number:
             _main(environment, file)
-            environment.walked = number
-            return True
-    return False
+            environment.walked = file
+            return file
+    return None
 
 
 def _main(environment: Environment, file: DataFile) -> Tree:
@@ -104,15 +106,20 @@ def _owner(tree: Tree, row: int) -> str:
     return f"stream {stream}, chunk {chunk >> 32}" if length == _CHUNK_KEY else "the manifest"
 
 
-def damaged_runs(environment: Environment) -> list[tuple[int | None, str]]:
+def damaged_runs(environment: Environment, file: DataFile) -> list[tuple[int | None, str]]:
     """What a reader does not mind, but a writer would: damage to headers and to the free list.
+
+    Parameters
+    ----------
+    file
+        The meta page of a transaction that is still open.
 
     Returns
     -------
     list of (int or None, str)
         The stream that it concerns (None: only writers), and what is wrong.
     """
-    file, tree = _newest(environment)
+    tree = _main(environment, file)
     found: list[tuple[int | None, str]] = []
     for row in check_runs(environment.presence, file, tree):
         stream = int(tree.keys[row, 0]) if tree.keys[row, 2] == _CHUNK_KEY else None
@@ -121,5 +128,5 @@ def damaged_runs(environment: Environment) -> list[tuple[int | None, str]]:
     try:
         check_free_pages(environment.presence, file, tree, path=environment.shown)
     except CorruptStoreError as exc:
-        found.append((None, str(exc)))
+        found.append((None, str(exc).removeprefix(f"{environment.shown}: ")))
     return found

@@ -14,7 +14,7 @@ from tallstore.advice import release_pages
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
-from tallstore.engine.guard import begin_reading
+from tallstore.engine.guard import begin_reading, damaged_runs
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
@@ -39,7 +39,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self._process = os.getpid()
         with lmdb_errors(self.path, doing="read"):
-            self._transaction = begin_reading(environment)
+            self._transaction, self._file = begin_reading(environment)
             try:
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
@@ -147,6 +147,13 @@ class Snapshot:
                 self.read_chunk(stream, chunk, whole)
                 out[filled : filled + count] = whole[within : within + count]
             filled += count
+
+    def page_damage(self) -> list[tuple[int | None, str]]:
+        """Damage that only a write would mind: (stream that it concerns, if any; what)."""
+        if self._environment is None:
+            raise StoreClosedError(f"{self.path}: this handle was closed; open it again")
+        with lmdb_errors(self.path, doing="read its pages"):
+            return damaged_runs(self._environment, self._file)
 
     def strays(self) -> int:
         """How many chunks an interrupted write left; the next write removes them."""
