@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tallstore.catalog import Catalog
+from tallstore.damage import Damage, damage_of
 from tallstore.describing import read_base
 from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
@@ -27,6 +29,8 @@ class Problem:
     message: str
     owners: tuple[str, ...]
     """``"base"``, ``"shared vector"``, ``"task 'math'"``."""
+    chunk: tuple[int, int] | None = None
+    """The stream and chunk, where it is one that is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,10 @@ class Verification:
     """Chunks that an interrupted write left; the next write removes them."""
     external: ExternalCheck | None = None
     """Of the store that has the base, where that is another one."""
+    base: Damage | None = None
+    """What is damaged of the base."""
+    tasks: Mapping[str, Damage] = field(default_factory=dict)
+    """The tasks that do not load whole, by name; those not named here do, bit for bit."""
 
     @property
     def ok(self) -> bool:
@@ -90,7 +98,8 @@ def verify_snapshot(
         try:
             snapshot.read_chunk(stream, chunk, None)
         except (CorruptStoreError, NewerFormatError) as exc:
-            return Problem(str(exc), tuple(owners.get(stream.number, ())))
+            who = tuple(owners.get(stream.number, ()))
+            return Problem(str(exc), who, (stream.number, chunk))
         finally:
             progress(stream.stored // max(stream.chunks, 1))
         return None
@@ -110,13 +119,27 @@ def verify_snapshot(
             problems.append(Problem(str(exc), ("external base",)))
     if not problems:
         problems += _documents(snapshot, catalog)
+    damaged = _damaged(snapshot, catalog, problems) if problems else {}
+    for concerned, message in snapshot.page_damage():
+        who = () if concerned is None else tuple(owners.get(concerned, ()))
+        problems.append(Problem(f"{snapshot.path}: {message}", who))
     stray = 0
     try:
         stray = snapshot.strays()
     except TallstoreError as exc:
         problems.append(Problem(str(exc), ()))
     nbytes = sum(stream.stored for stream in streams.values())
-    return Verification(len(items), nbytes, tuple(problems), stray, external)
+    base = damaged.pop(None, None)
+    tasks = {name: damage for name, damage in damaged.items() if name is not None}
+    return Verification(len(items), nbytes, tuple(problems), stray, external, base, tasks)
+
+
+def _damaged(
+    snapshot: Snapshot, catalog: Catalog, problems: Sequence[Problem]
+) -> dict[str | None, Damage]:
+    bad = {problem.chunk for problem in problems if problem.chunk is not None}
+    found = {task: damage_of(snapshot, catalog, task, bad) for task in (None, *catalog.tasks)}
+    return {task: damage for task, damage in found.items() if damage is not None}
 
 
 def _documents(snapshot: Snapshot, catalog: Catalog) -> list[Problem]:

@@ -167,6 +167,27 @@ class Decoder:
                         link.coded,
                     )
 
+    def needs(self, key: SpanKey) -> Iterator[tuple[str, int]]:
+        """What decoding a span reads: (role, stream), the chunk being the span's number.
+
+        Roles: ``"own"`` or ``"base"``, the elements; and for what is coded of the base,
+        ``"planes"``, ``"vector"``, ``"residual"``.
+        """
+        own, arena, _ = key
+        if own and self._task:
+            yield "own", self._task.own_streams[arena]
+            return
+        yield "base", self._base.streams[arena]
+        code = self._codes.get(arena)
+        if code is None:
+            return
+        if code.planes is not None:
+            yield "planes", code.planes
+            if self._vector is not None and arena < len(self._vector.streams):
+                yield "vector", self._vector.streams[arena]
+        if code.exact is not None and self._exact:
+            yield "residual", code.exact
+
     # -- chunks ---------------------------------------------------------------------------
 
     def _chunk(

@@ -101,6 +101,16 @@ def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
     return [tensor.name, tensor.segment, tensor.dtype, shape, stride, tensor.offset, flags]
 
 
+def _countable(sizes: Sequence[int]) -> bool:
+    """Whether a tensor of these sizes has fewer than 2**63 elements, counted as torch does."""
+    count = 1
+    for size in sizes:
+        count *= max(size, 1)
+        if count >= 1 << 63:
+            return False
+    return True
+
+
 def _tensor_from_json(record: object, segments: int, what: str) -> TensorSpec:
     name, segment, dtype, shape, stride, offset, flags = _items(record, 7, what)
     if type(name) is not str:
@@ -109,7 +119,9 @@ def _tensor_from_json(record: object, segments: int, what: str) -> TensorSpec:
     sizes = tuple(_ints(shape, None, what))
     if numbers[2] > _FLAGS:
         raise strictjson.newer(f"{what}: tensor {name[:80]!r}", f"flags {flags}", ["1, 2, 4, 8"])
-    if numbers[0] >= segments:
+    # Also before strides are made of the sizes: thousands of them would multiply to numbers that
+    # take gigabytes to write down.
+    if numbers[0] >= segments or not _countable(sizes):
         raise CorruptStoreError(f"{what}: tensor {name!r} is malformed")
     return TensorSpec(
         name=name,

@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
     },
     {
         "checking",
+        "damage",
         "decoding",
         "describing",
         "exporting",
@@ -58,6 +59,7 @@ LAYERS: list[set[str]] = [
         "opening",
         "packing",
         "spans",
+        "repairing",
         "store",
         "storesource",
         "writing",

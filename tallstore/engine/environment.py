@@ -25,7 +25,7 @@ except ImportError:  # before 3.0
     _envid = None  # type: ignore[assignment]
 
 from tallstore.advice import reserve
-from tallstore.engine.datafile import check_data_file
+from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.engine.lockless import register
 from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
 from tallstore.errors import (
@@ -63,6 +63,8 @@ class Environment:
     process: int = field(default_factory=os.getpid)
     destination: Path | None = None
     """Where a file under a temporary name is to go: what messages call it."""
+    walked: DataFile | None = None
+    """The meta page whose tree was checked last."""
 
     @property
     def writable(self) -> bool:
@@ -313,7 +315,7 @@ def open_environment(path: Path) -> Environment:
                 found.handles += 1
                 os.close(presence)
                 return found
-            check_data_file(path)
+            check_data_file(presence, path)
             lock, refusal = _prepare_lock_file(path)
             if not lock:
                 register(presence)

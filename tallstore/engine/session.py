@@ -22,12 +22,13 @@ from tallstore.advice import fault_in, release_pages, start_writeback
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.guard import check_before_writing
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, TallstoreError
 
-__all__ = ["StreamWriter", "WriteSession", "pages_in_use", "reclaim"]
+__all__ = ["StreamWriter", "WriteSession", "commit_again", "pages_in_use", "reclaim"]
 
 #: Bytes of chunks a transaction; LMDB holds them a second time while it is open.
 _BATCH: Final = 64 << 20
@@ -81,9 +82,15 @@ class WriteSession:
         The manifest in force, or a new one for a new store.
     room
         Bytes that all of it will take, as far as is known: for the message on a full disk.
+
+    Raises
+    ------
+    CorruptStoreError
+        The file is damaged where a write would spread the damage.
     """
 
     def __init__(self, environment: Environment, before: Manifest, *, room: int = 0) -> None:
+        check_before_writing(environment, before.streams)
         self._environment = environment
         self._before = before
         self._next = before.next_stream
@@ -120,6 +127,10 @@ class WriteSession:
         self._next += 1
         self._writers.append(writer)
         return writer
+
+    def copy(self, stream: Stream, chunk: int, value: memoryview) -> None:
+        """Put a chunk of this very store back as it is; `value` is whole, and given away."""
+        self._enqueue(chunk_key(stream.number, chunk), value)
 
     def step(self, name: str) -> None:
         """Called at each named point of a write; tests replace it to stop there."""
@@ -257,7 +268,9 @@ class WriteSession:
             self._committed = True
         with contextlib.suppress(TallstoreError):
             # All is there, and durable: what cannot be tidied up now, the next write does.
-            reclaim(environment, after, step=self.step)
+            fit_file(environment)
+            if not reclaim(environment, after, step=self.step):
+                commit_again(environment)
         return after
 
     def abort(self) -> None:
@@ -291,6 +304,8 @@ def reclaim(
     removed = 0
     with lmdb_errors(environment.shown, doing="reclaim space", needed=_SPARE):
         while doomed := _unreferenced(environment, manifest):
+            if not removed:
+                check_before_writing(environment, manifest.streams)
             if step is not None:
                 step("reclaim")
             fit_file(environment, spare=_SPARE)
@@ -308,6 +323,22 @@ def pages_in_use(environment: Environment) -> int:
     return int(
         (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + 2) * stat["psize"]
     )
+
+
+def commit_again(environment: Environment) -> None:
+    """Commit the manifest a second time, so that both of LMDB's meta pages lead to it.
+
+    Were only the newest to do so, damage to that one page could bring back the store as it was
+    before the write.
+    """
+    with lmdb_errors(environment.shown, doing="commit"):
+        fit_file(environment, spare=_SPARE)
+        with environment.lmdb.begin(write=True) as transaction:
+            value = transaction.get(MANIFEST_KEY)
+            if value is not None:
+                transaction.put(MANIFEST_KEY, value)
+        environment.lmdb.sync(True)
+        fit_file(environment)
 
 
 def fit_file(environment: Environment, *, spare: int = 0) -> None:

@@ -15,6 +15,7 @@ from tallstore.advice import fault_in, release_pages
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
+from tallstore.engine.guard import begin_reading, damaged_runs
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
@@ -49,7 +50,7 @@ class Snapshot:
         self._process = os.getpid()
         self._beside: dict[Hashable, Any] = {}
         with lmdb_errors(self.path, doing="read"):
-            self._transaction = environment.lmdb.begin(buffers=True)
+            self._transaction, self._file = begin_reading(environment)
             try:
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
@@ -105,7 +106,7 @@ class Snapshot:
         if self._environment is None or self._process != os.getpid():
             raise self._closed()
         with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
-            value = self._transaction.get(key)
+            value: memoryview | None = self._transaction.get(key)
         if value is None:
             raise CorruptStoreError(f"{what} is missing from the store")
         return value
@@ -182,6 +183,13 @@ class Snapshot:
                 self.read_chunk(stream, chunk, whole)
                 out[filled : filled + count] = whole[within : within + count]
             filled += count
+
+    def page_damage(self) -> list[tuple[int | None, str]]:
+        """Damage that only a write would mind: (stream that it concerns, if any; what)."""
+        if self._environment is None:
+            raise StoreClosedError(f"{self.path}: this handle was closed; open it again")
+        with lmdb_errors(self.path, doing="read its pages"):
+            return damaged_runs(self._environment, self._file)
 
     def strays(self) -> int:
         """How many chunks an interrupted write left; the next write removes them."""

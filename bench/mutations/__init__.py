@@ -1,0 +1,1 @@
+"""Damage of every kind to every kind of byte of a store, and what comes of it."""

@@ -1,0 +1,224 @@
+"""Damage stores in many ways; see what comes of each.
+
+``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
+judged in a process of its own, with a limit on its address space and on its time. Two stores are
+damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
+repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk).
+
+- *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
+- *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
+  the rest loads bit for bit;
+- *silent*: other weights, tasks missing without a word, damage that `verify` does not find, or a
+  write, or a repair, that loses what loaded before;
+- *crashed*: a signal, an error that is no refusal, too much time or memory.
+
+The last two must be 0. Writes a row for each kind of damage to bench/results/mutations.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from bench.mutations.damage import Mutation, Victim, mutate
+from bench.mutations.judge import judge_deep, judge_zoo
+from bench.mutations.regions import regions
+from bench.mutations.stores import make_deep, make_zoo
+from bench.rows import write
+
+#: Memory that one judgement may add to the process it was forked from.
+BUDGET_MB: Final = 256
+#: Address space it may add; LMDB maps the file into it.
+_SPACE: Final = 3 << 30
+_SECONDS: Final = 120
+_SEED: Final = 1
+
+
+def _made(folder: Path) -> None:
+    for seed in (_SEED, _SEED + 1):
+        make_zoo(folder / f"zoo-{seed}.tall", seed)
+        make_deep(folder / f"deep-{seed}.tall", seed)
+
+
+def _in_child(do: Any) -> tuple[int, resource.struct_rusage]:
+    """Run in a fork; this process must have no threads."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            do()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage
+
+
+def _victims(folder: Path) -> list[Victim]:
+    status, _ = _in_child(lambda: _made(folder))
+    if status:
+        raise SystemExit("the stores could not be made")
+    found = []
+    for name in ("zoo", "deep"):
+        one, two = (folder / f"{name}-{seed}.tall" for seed in (_SEED, _SEED + 1))
+        found.append(Victim(name, one.read_bytes(), regions(one), two.read_bytes(), regions(two)))
+    return found
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: Path) -> None:
+    signal.alarm(_SECONDS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
+    path = folder / "zoo.tall"
+    path.write_bytes(mutation.data)
+    judged = judge_zoo(path, _SEED, seed) if victim.name == "zoo" else judge_deep(path, _SEED)
+    judged.skipped = mutation.data == victim.data
+    answer.write_text(json.dumps(judged.to_json()))
+
+
+def _outcome(status: int, grown: float, answer: Path) -> tuple[str, str, dict[str, Any]]:
+    """(what it was, why, the child's answer)."""
+    if os.WIFSIGNALED(status):
+        return "crashed", signal.Signals(os.WTERMSIG(status)).name, {}
+    if os.WEXITSTATUS(status):
+        return "crashed", "an error that is no refusal", {}
+    verdict = json.loads(answer.read_text())
+    if grown > BUDGET_MB:
+        return "crashed", f"{grown:.0f} MB", verdict
+    if verdict["wrong"]:
+        return "silent", "; ".join(verdict["wrong"]), verdict
+    if verdict["refused"] or verdict["found"]:
+        return "refused", "", verdict
+    return "harmless", "", verdict
+
+
+def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
+    """Fork a judgement; (its process, the kind of damage, what was done)."""
+    mutation = mutate(victim, seed)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / "store").mkdir()
+    pid = os.fork()
+    if pid:
+        return pid, mutation.kind, mutation.how
+    status = 1
+    try:
+        with (place / "errors").open("w") as errors:
+            os.dup2(errors.fileno(), 2)
+            _judge(victim, mutation, seed, place / "store", place / "answer")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        self.bad: list[dict[str, Any]] = []
+        self.peak = 0.0
+
+    def add(self, name: str, kind: str, how: str, seed: int, place: Path, done: Any) -> None:
+        status, grown = done
+        outcome, why, verdict = _outcome(status, grown, place / "answer")
+        row = self.by_kind[kind]
+        row["tried"] += 1
+        row[outcome] += 1
+        row["unchanged"] += bool(verdict.get("skipped"))
+        row["writes"] += verdict.get("writes", 0)
+        row["writes refused"] += verdict.get("writes_refused", 0)
+        self.peak = max(self.peak, grown)
+        if outcome in ("silent", "crashed"):
+            text = (place / "errors").read_text()[-3000:]
+            self.bad.append({"seed": seed, "store": name, "kind": kind, "how": how, "why": why})
+            print(f"{outcome}: seed {seed}, {name}, {kind}: {how}: {why}\n{text}", flush=True)
+
+
+def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _Tally:
+    tally = _Tally()
+    running: dict[int, tuple[str, str, str, int, Path]] = {}
+    free = [folder / f"job-{number}" for number in range(jobs)]
+    todo = iter(seeds)
+    resident = _resident()
+    while True:
+        while free and (seed := next(todo, None)) is not None:
+            # Two thirds of the mutations go to the store with tasks in it.
+            victim = victims[seed % 3 == 0]
+            place = free.pop()
+            pid, kind, how = _start(victim, seed // 3, place)
+            running[pid] = (victim.name, kind, how, seed, place)
+        if not running:
+            return tally
+        pid, status, usage = os.wait4(-1, 0)
+        name, kind, how, seed, place = running.pop(pid)
+        grown = (usage.ru_maxrss * 1024 - resident) / 1e6
+        tally.add(name, kind, how, seed, place, (status, grown))
+        free.append(place)
+
+
+def main() -> int:
+    """Damage, judge, print, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1, help="the first one")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", type=int, help="judge this one seed")
+    parser.add_argument("--results", type=Path, help="a directory to write the rows to")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    folder = Path(tempfile.mkdtemp(prefix="mutations-", dir=shared))
+    started = time.monotonic()
+    try:
+        victims = _victims(folder)
+        seeds = (
+            [args.only] if args.only is not None else list(range(args.seed, args.seed + args.count))
+        )
+        tally = _run(seeds, victims, folder, args.jobs)
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+    columns = ("tried", "refused", "harmless", "silent", "crashed", "writes", "writes refused")
+    print(f"{'':<24}" + "".join(f"{column:>16}" for column in columns))
+    rows: list[dict[str, Any]] = []
+    total: Counter[str] = Counter()
+    for kind, counts in sorted(tally.by_kind.items()):
+        total += counts
+        rows.append({"kind": kind, **{column: counts[column] for column in columns}})
+        rows[-1]["unchanged"] = counts["unchanged"]
+        print(f"{kind:<24}" + "".join(f"{counts[column]:>16}" for column in columns))
+    print(f"{'all':<24}" + "".join(f"{total[column]:>16}" for column in columns))
+    rows.append({"kind": "all", **{column: total[column] for column in columns},
+                 "unchanged": total["unchanged"], "bad": tally.bad,
+                 "memory_mb_peak": round(tally.peak, 1), "budget_mb": BUDGET_MB,
+                 "seconds": round(time.monotonic() - started)})  # fmt: skip
+    if args.only is None:
+        print(write("mutations", rows, results=args.results))
+    return int(total["silent"] + total["crashed"] > 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
