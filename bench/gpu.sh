@@ -17,7 +17,8 @@ several=$("$python" -c 'import os, xdist; print(f"-n {min(os.cpu_count() or 1, 1
 failed=0
 # shellcheck disable=SC2086
 timeout -s INT -k 10 165 "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors $several -k "not arch and not amd" \
-    tests/test_kernel_*.py tests/test_ops*.py tests/test_ring.py tests/test_device_packing.py ||
+    tests/test_kernel_*.py tests/test_ops*.py tests/test_ring.py tests/test_device_packing.py \
+    tests/test_merge_device.py ||
     { echo "bench/gpu.sh: the kernel tests failed, or took too long" >&2 && failed=1; }
 # A speedup is worth nothing beside a failed test, but what was measured tells where to look.
 timeout -k 5 200 "$python" -m bench.gpu.kernels --results "$results" || failed=1

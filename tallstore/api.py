@@ -354,7 +354,8 @@ def merge(
     as_task
         Store the merge as a task of this name, an exact difference from the base.
     device
-        Where the state dict is for `evaluate`, and `Merge.state`.
+        Where tasks are reconstructed, on their way into the merge, and where the state dict for
+        `evaluate` and `Merge.state` are left; the rules themselves run on the CPU.
     max_shard_size
         Bytes of weights a file of a model directory; None for 5 GB.
     overwrite

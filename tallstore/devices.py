@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tallstore.errors import DeviceError, OptionError, TallstoreError
 
-__all__ = ["Buffers", "new_queue", "on_device", "ring_queues", "wanted_device"]
+__all__ = ["Buffers", "Desk", "new_queue", "on_device", "ring_queues", "wanted_device"]
 
 #: Since torch 2.8.
 _Failure: Final = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
@@ -114,3 +117,28 @@ class Buffers:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(held.numel() for held in self._held.values())
+
+
+class Desk(threading.local):
+    """What a thread that works on a device keeps: a queue, and memory that it uses again."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._host = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=cuda))
+        self._room = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, device=device))
+        self._module = torch.get_device_module(device)
+        self._queue = new_queue(device)
+
+    def working(self) -> Any:
+        """A context in which what is queued is this thread's."""
+        return self._module.stream(self._queue)
+
+    def room(self, name: str, size: int) -> torch.Tensor:
+        """Bytes on the device, content undefined."""
+        return self._room.take(name, size)
+
+    def upload(self, name: str, data: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+        """Elements on their way to the device; not to be asked for again before they are there."""
+        host = self._host.take(name, data.size)
+        np.copyto(host.numpy(), data)
+        return self.room(name, data.size).copy_(host, non_blocking=True).view(dtype)

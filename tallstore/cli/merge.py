@@ -10,6 +10,7 @@ import click
 
 from tallstore.cli.options import (
     complete_task,
+    device_option,
     examples,
     json_option,
     overwrite_option,
@@ -123,6 +124,7 @@ def _weights(
     show_default=True,
     help="Bytes of weights a file, in a model directory.",
 )
+@device_option
 @overwrite_option
 @yes_option
 @timeout_option
@@ -138,6 +140,7 @@ def merge(
     private: str | None,
     as_task: str | None,
     max_shard_size: int,
+    device: str,
     overwrite: bool,
     yes: bool,
     timeout: float,
@@ -174,6 +177,7 @@ def merge(
             private=private,
             as_task=as_task,
             max_shard_size=max_shard_size,
+            device=device,
             overwrite=overwrite,
             timeout=timeout,
             report=progress.report,

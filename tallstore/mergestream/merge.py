@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tallstore.catalog import Catalog, check_task_name
 from tallstore.describing import Description, describe
+from tallstore.devices import wanted_device
 from tallstore.documents import TaskDocument
 from tallstore.dtypes import is_codable
 from tallstore.engine.snapshot import Snapshot
@@ -19,6 +20,7 @@ from tallstore.mergestream.blend import Blend
 from tallstore.mergestream.grid import EvaluateMerge, check_alphas, check_ks, score_of
 from tallstore.mergestream.layouts import choose_layout, unmerged
 from tallstore.mergestream.merged import MergedLoader, MergedSource
+from tallstore.mergestream.ondevice import DeviceWeights
 from tallstore.mergestream.origins import (
     check_masks,
     chosen_tasks,
@@ -86,7 +88,7 @@ def merge_tasks(
     """Merge tasks and write the result; see `tallstore.merge`."""
     if out is not None and as_task is not None:
         raise OptionError("out= and as_task=: a merge goes to one of them")
-    merging = _Merging(snapshot, catalog, tasks, private, Meter(report))
+    merging = _Merging(snapshot, catalog, tasks, private, wanted_device(device), Meter(report))
     rules = [merging.ready(made) for made in _rules(rule, k, evaluate, len(merging.tasks))]
     alphas = check_alphas(alpha, usual=rules[0].usual_alpha, evaluate=evaluate is not None)
     # What can be refused is refused before the work.
@@ -97,7 +99,7 @@ def merge_tasks(
         )
     if out is not None:
         check_place(merging.plain(), out, overwrite=overwrite)
-    result, loader = merging.choose(rules, alphas, evaluate, device)
+    result, loader = merging.choose(rules, alphas, evaluate)
     if alpha is None and result.alpha != 1 and evaluate is None:
         note = f"alpha {result.alpha}, a common choice for sums; others may do better on your data"
         result = replace(result, notes=(*result.notes, note))
@@ -136,8 +138,11 @@ class _Merging:
         catalog: Catalog,
         tasks: Sequence[str] | None,
         private: str | None,
+        device: torch.device,
         meter: Meter,
     ) -> None:
+        self._device = device
+        self._weights = None if device.type == "cpu" else DeviceWeights(device)
         self._snapshot = snapshot
         self._catalog = catalog
         self._meter = meter
@@ -180,6 +185,7 @@ class _Merging:
             vector=self._catalog.vector,
             masks=rule.masks,
             shared=shared,
+            device=self._weights,
         )
         if shared is not None:
             rule = over_shared(rule)
@@ -198,7 +204,6 @@ class _Merging:
         rules: Sequence[MergeRule],
         alphas: Sequence[float],
         evaluate: EvaluateMerge | None,
-        device: torch.device | str | None,
     ) -> tuple[Merge, MergedLoader]:
         """The best of all, the first of equals: the smallest k, then the smallest alpha."""
         best: tuple[Merge, MergedLoader] | None = None
@@ -209,7 +214,7 @@ class _Merging:
             for alpha in alphas:
                 blend = replace(surveyed, alpha=alpha)
                 loader = MergedLoader(
-                    self._snapshot, self._catalog, like=self._like, blend=blend, device=device
+                    self._snapshot, self._catalog, like=self._like, blend=blend, device=self._device
                 )
                 found = self._result(rule, blend)
                 if evaluate is not None:

@@ -20,6 +20,7 @@ from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import SPAN
 from tallstore.mergestream.feed import Shapes, shapes
+from tallstore.mergestream.ondevice import DeviceWeights
 from tallstore.mergestream.rounding import converted
 from tallstore.merging import Floats
 from tallstore.merging.rule import Flags
@@ -120,6 +121,8 @@ class StoreFeed:
     shared
         Take the stored shared vector, divided by this number, in place of the task vectors: one
         row, which merging as a sum leaves as it is. None: task vectors.
+    device
+        What reconstructs tasks on a device; None: the CPU does.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class StoreFeed:
         vector: VectorRecord | None,
         masks: bool = False,
         shared: int | None = None,
+        device: DeviceWeights | None = None,
     ) -> None:
         self.base = base
         self.layout = base.layout
@@ -145,6 +149,7 @@ class StoreFeed:
         self.vector = vector
         self.wants_masks = masks
         self.shared = shared
+        self.device = device
         self.scratch = Scratch()
         needed = shared is not None or any(
             code.planes is not None for task in self.stored for code in task.codes.values()
@@ -205,8 +210,16 @@ class StoredSpan:
     def _weights(self, number: int, code: ArenaCode, span: int, planes: Bytes | None) -> Bytes:
         """A task's weights over the span, in its dtype, as loading gives them."""
         feed = self._feed
-        predicted = feed.decoder.predict(self._arena, self.base, self._vector, planes, code.dtype)
         residual = self._chunk(code.exact, span, "residual")
+        if feed.device is not None:
+            out = feed.scratch.take(f"weights {number}", self.count * itemsize(code.dtype))
+            shared = None
+            if self._vector is not None and feed.vector is not None:
+                shared = self._vector, feed.vector.dtype
+            base = self.base, self.dtype
+            feed.device.fill(out, base, planes, shared, residual, code.dtype)
+            return out
+        predicted = feed.decoder.predict(self._arena, self.base, self._vector, planes, code.dtype)
         if residual is not None:
             predicted = add_residual(predicted, residual, code.dtype)
         out = feed.scratch.take(f"weights {number}", predicted.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from tallstore.codecs import Bytes
 from tallstore.coding import CodeStats, encode_tall, to_float32
-from tallstore.devices import Buffers, new_queue, on_device
+from tallstore.devices import Desk, on_device
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.layout import BLOCK
 from tallstore.mergestream.feed import block_weights, blocks
@@ -100,24 +99,13 @@ def same_bytes(raw: Bytes, base: Bytes, item: Held, width: int) -> bool:
     return bool(np.array_equal(raw[low:high], base[low:high]))
 
 
-class _State(threading.local):
-    """What a thread keeps: its queue, and memory that it uses again."""
-
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.host = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=cuda))
-        self.room = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, device=device))
-        self.queue = new_queue(device)
-
-
 class _DeviceMasks:
     """Masks made on a device, each thread on a queue of its own."""
 
     def __init__(self, device: torch.device, backend: str) -> None:
         self._device = device
         self._backend = backend
-        self._module = torch.get_device_module(device)
-        self._state = _State(device)
+        self._desk = Desk(device)
 
     def span(
         self,
@@ -145,10 +133,13 @@ class _DeviceMasks:
     def _encode(
         self, data: Mapping[str, tuple[Bytes, str]], held: Sequence[Held], tall_lambda: float
     ) -> tuple[Bytes, TallSums]:
-        with self._module.stream(self._state.queue):
-            weights = {name: self._upload(name, *given) for name, given in data.items()}
+        with self._desk.working():
+            weights = {
+                name: self._desk.upload(name, given, torch_dtype(dtype))
+                for name, (given, dtype) in data.items()
+            }
             count = weights["base"].numel()
-            plane = self._state.room.take("plane", (count + 7) // 8).zero_()
+            plane = self._desk.room("plane", (count + 7) // 8).zero_()
             sums = TallSums.empty(-(-count // BLOCK), self._device)
             for item in held:
                 encode_tall_on(
@@ -166,12 +157,6 @@ class _DeviceMasks:
             packed: Bytes = plane.cpu().numpy().copy()
             ranges = [(item.start // BLOCK, -(-item.stop // BLOCK)) for item in held]
             return packed, reduce_sums(sums.to("cpu"), ranges)
-
-    def _upload(self, name: str, data: Bytes, dtype: str) -> torch.Tensor:
-        host = self._state.host.take(name, data.size)
-        np.copyto(host.numpy(), data)
-        there = self._state.room.take(name, data.size).copy_(host, non_blocking=True)
-        return there.view(torch_dtype(dtype))
 
 
 def _stats(item: Held, sums: TallSums, row: int) -> CodeStats:
