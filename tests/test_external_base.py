@@ -232,6 +232,21 @@ def test_statistics_need_no_more_than_it_has(stores: Stores, tmp_path: Path) -> 
     assert ours == theirs and ours["tasks"]
 
 
+def test_merging(stores: Stores, tmp_path: Path) -> None:
+    tallstore.pack(tmp_path / "whole.tall", stores.base, stores.tasks, exact=True)
+    for options in ({"rule": "ties"}, {"rule": "consensus-ta", "k": 1}):
+        ours, theirs = (
+            tallstore.merge(path, private="base", **options).state  # type: ignore[arg-type]
+            for path in (stores.path, tmp_path / "whole.tall")
+        )
+        assert ours is not None
+        assert_same(ours, theirs)
+    tallstore.merge(stores.path, rule="average", private="base", as_task="mean")
+    with tallstore.open(stores.path) as store:
+        assert store.format_version == 2 and "mean" in store.tasks
+        assert set(store.load("mean")) == set(stores.base)
+
+
 def test_a_base_may_be_written_to_meanwhile(stores: Stores) -> None:
     """An open handle keeps the generation that it found; another task there concerns nobody."""
     with tallstore.open(stores.path) as store:

@@ -64,7 +64,7 @@ LAYERS: list[set[str]] = [
         "storesource",
         "writing",
     },
-    {"api", "report"},
+    {"api", "doctor", "report"},
     {"cli", "demo", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ from tallstore.cli.add import add
 from tallstore.cli.compact import compact
 from tallstore.cli.completion import completion
 from tallstore.cli.demo import demo
+from tallstore.cli.doctor import doctor
 from tallstore.cli.failing import CarefulGroup
 from tallstore.cli.info import info
 from tallstore.cli.ls import ls
@@ -65,6 +66,7 @@ for _command in (
     rm,
     relink,
     compact,
+    doctor,
     demo,
     completion,
 ):

@@ -36,7 +36,14 @@ from tallstore.errors import (
     TallstoreError,
 )
 
-__all__ = ["Environment", "create_environment", "lmdb_errors", "lock_file", "open_environment"]
+__all__ = [
+    "Environment",
+    "create_environment",
+    "is_open_here",
+    "lmdb_errors",
+    "lock_file",
+    "open_environment",
+]
 
 _SMALLEST_MAP: Final = 1 << 28
 #: Of LMDB's lock file with that many readers.
@@ -289,6 +296,13 @@ def _presence(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def is_open_here(path: Path) -> bool:
+    """Whether this process has the LMDB file at `path` open."""
+    status = path.stat()
+    with _REGISTRY.lock:
+        return (status.st_dev, status.st_ino) in _REGISTRY.opened
 
 
 def open_environment(path: Path) -> Environment:
