@@ -45,7 +45,8 @@ def readers(path: Path) -> Readers | None:
     if not os.access(lock, os.W_OK) or is_open_here(path):
         return None
     with lmdb_errors(path, doing="look at its readers"):
-        check_data_file(path)
+        with path.open("rb") as file:
+            check_data_file(file.fileno(), path)
         with contextlib.suppress(lmdb.Error):
             options: dict[str, Any] = {
                 "subdir": False,
