@@ -9,12 +9,13 @@ from pathlib import Path
 
 from tallstore.catalog import Catalog
 from tallstore.damage import Damage, damage_of
-from tallstore.describing import read_base
+from tallstore.decoding import Decoder
+from tallstore.describing import describe, read_base
+from tallstore.documents import BaseDocument
 from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError, NewerFormatError, TallstoreError
 from tallstore.externalbase import base_elements
-from tallstore.loading import Loader
 from tallstore.packing.writing import chunk_digest, content_identity
 from tallstore.progress import Meter
 from tallstore.workers import workers
@@ -144,9 +145,12 @@ def _damaged(
 
 def _documents(snapshot: Snapshot, catalog: Catalog) -> list[Problem]:
     problems = []
+    base: BaseDocument | None = None
     for task in (None, *catalog.tasks):
         try:
-            Loader(snapshot, catalog, task=task)
+            described = describe(snapshot, catalog, task=task, base=base)
+            base = described.base
+            Decoder(snapshot, base, task=described.task, vector=catalog.vector)
         except TallstoreError as exc:
             owner = "base" if task is None else f"task {task!r}"
             problems.append(Problem(str(exc), (owner,)))

@@ -68,8 +68,15 @@ class Description:
         return ", ".join(words) or "base"
 
 
-def describe(snapshot: Snapshot, catalog: Catalog, *, task: str | None) -> Description:
+def describe(
+    snapshot: Snapshot, catalog: Catalog, *, task: str | None, base: BaseDocument | None = None
+) -> Description:
     """The documents of a task, or of the base where `task` is None.
+
+    Parameters
+    ----------
+    base
+        The base's document, if it was read already.
 
     Raises
     ------
@@ -78,7 +85,7 @@ def describe(snapshot: Snapshot, catalog: Catalog, *, task: str | None) -> Descr
     WrongBaseError, CorruptStoreError
         The store contradicts itself.
     """
-    base = read_base(snapshot, catalog)
+    base = base or read_base(snapshot, catalog)
     if task is None:
         return Description(f"{snapshot.path}: base", base, None)
     what = f"{snapshot.path}: task {task!r}"
