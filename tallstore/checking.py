@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tallstore.catalog import Catalog
@@ -15,7 +15,7 @@ from tallstore.documents import BaseDocument
 from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError, NewerFormatError, TallstoreError
-from tallstore.externalbase import base_elements
+from tallstore.externalbase import OUTSIDE, base_elements
 from tallstore.packing.writing import chunk_digest, content_identity
 from tallstore.progress import Meter
 from tallstore.workers import workers
@@ -82,11 +82,16 @@ def _owners(catalog: Catalog) -> dict[int, list[str]]:
 
 
 def verify_snapshot(
-    snapshot: Snapshot, catalog: Catalog, *, meter: Meter | None = None
+    snapshot: Snapshot, catalog: Catalog, *, outside: bool = True, meter: Meter | None = None
 ) -> Verification:
     """Check every chunk of every live stream, every document, and a base in another store.
 
     Never raises for damage: everything that is damaged is listed.
+
+    Parameters
+    ----------
+    outside
+        Whether the chunks of a base in another store are checked.
     """
     owners = _owners(catalog)
     meter = meter or Meter(None)
@@ -112,15 +117,20 @@ def verify_snapshot(
         message = f"{snapshot.path}: stream {number} is referred to but not in the manifest"
         problems.append(Problem(message, tuple(owners[number])))
     external = None
-    if not problems and catalog.base is not None and catalog.base.external is not None:
+    elsewhere: list[Problem] = []
+    if not problems and outside and catalog.base is not None and catalog.base.external is not None:
         try:
-            external, found = _external(snapshot, catalog, meter)
-            problems += found
+            external, elsewhere = _external(snapshot, catalog, meter)
         except TallstoreError as exc:
-            problems.append(Problem(str(exc), ("external base",)))
-    if not problems:
+            elsewhere = [Problem(str(exc), (OUTSIDE,))]
+    if not problems and not elsewhere:
         problems += _documents(snapshot, catalog)
-    damaged = _damaged(snapshot, catalog, problems) if problems else {}
+    if elsewhere and (external is None or not all(problem.chunk for problem in elsewhere)):
+        nothing = Damage(frozenset({OUTSIDE}), (), ())
+        damaged = dict.fromkeys((None, *catalog.tasks), nothing)
+    else:
+        damaged = _damaged(snapshot, catalog, problems, elsewhere) if problems + elsewhere else {}
+    problems += [replace(problem, chunk=None) for problem in elsewhere]
     for concerned, message in snapshot.page_damage():
         who = () if concerned is None else tuple(owners.get(concerned, ()))
         problems.append(Problem(f"{snapshot.path}: {message}", who))
@@ -136,10 +146,20 @@ def verify_snapshot(
 
 
 def _damaged(
-    snapshot: Snapshot, catalog: Catalog, problems: Sequence[Problem]
+    snapshot: Snapshot,
+    catalog: Catalog,
+    problems: Sequence[Problem],
+    elsewhere: Sequence[Problem],
 ) -> dict[str | None, Damage]:
-    bad = {problem.chunk for problem in problems if problem.chunk is not None}
-    found = {task: damage_of(snapshot, catalog, task, bad) for task in (None, *catalog.tasks)}
+    """What damaged chunks do; those of `elsewhere` are of the store that has the base."""
+    bad, outside = (
+        {problem.chunk for problem in some if problem.chunk is not None}
+        for some in (problems, elsewhere)
+    )
+    found = {
+        task: damage_of(snapshot, catalog, task, bad, outside=outside)
+        for task in (None, *catalog.tasks)
+    }
     return {task: damage for task, damage in found.items() if damage is not None}
 
 
@@ -175,7 +195,7 @@ def _external(
         try:
             return chunk_digest(home, record, chunk)
         except (CorruptStoreError, NewerFormatError) as exc:
-            return Problem(str(exc), ("external base",))
+            return Problem(str(exc), (OUTSIDE,), (record.number, chunk))
         finally:
             progress(record.stored // max(record.chunks, 1))
 
@@ -192,5 +212,5 @@ def _external(
                 f"{home.path}: its base is said to be {catalog.base.identity}, but holds the "
                 f"weights of {identity}; restore that store from a copy"
             )
-            problems.append(Problem(message, ("external base",)))
+            problems.append(Problem(message, (OUTSIDE,)))
     return found, problems

@@ -9,6 +9,7 @@ from tallstore.catalog import Catalog
 from tallstore.documents import StoredFile
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import TallstoreError
+from tallstore.externalbase import OUTSIDE
 from tallstore.loading import Loader
 
 __all__ = ["RESIDUAL", "BadChunks", "Damage", "damage_of"]
@@ -24,8 +25,8 @@ class Damage:
     """What a task, or the base, cannot do without and has not."""
 
     roles: frozenset[str]
-    """What is damaged of it: ``"base"``, ``"own"``, ``"planes"``, ``"vector"``, ``"residual"``,
-    ``"document"``."""
+    """What is damaged of it: ``"base"``, ``"external base"``, ``"own"``, ``"planes"``,
+    ``"vector"``, ``"residual"``, ``"document"``."""
     tensors: tuple[str, ...]
     """The tensors that do not load."""
     files: tuple[str, ...]
@@ -33,9 +34,20 @@ class Damage:
 
 
 def damage_of(
-    snapshot: Snapshot, catalog: Catalog, task: str | None, bad: BadChunks
+    snapshot: Snapshot,
+    catalog: Catalog,
+    task: str | None,
+    bad: BadChunks,
+    *,
+    outside: BadChunks = (),
 ) -> Damage | None:
-    """What damaged chunks do to a task (None: to the base); None where it is whole."""
+    """What damaged chunks do to a task (None: to the base); None where it is whole.
+
+    Parameters
+    ----------
+    outside
+        Damaged chunks of the store that has the base, where that is another one.
+    """
     try:
         loader = Loader(snapshot, catalog, task=task)
     except TallstoreError:
@@ -44,9 +56,13 @@ def damage_of(
     segments: set[int] = set()
     decoder = loader.decoder
     for key in decoder.spans(range(len(loader.contents.segments))):
-        hit = {role for role, stream in decoder.needs(key) if (stream, key[2]) in bad}
+        hit = {
+            role
+            for role, stream in decoder.needs(key)
+            if (stream, key[2]) in (outside if role == OUTSIDE else bad)
+        }
         for run in decoder.runs(key) if hit else ():
-            concerned = hit if run.coded else hit & {"base", "own"}
+            concerned = hit if run.coded else hit & {"base", OUTSIDE, "own"}
             if concerned:
                 roles |= concerned
                 segments.add(run.segment)

@@ -16,7 +16,7 @@ from tallstore.documents import CODE, OWN, ArenaCode, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
-from tallstore.externalbase import base_elements
+from tallstore.externalbase import OUTSIDE, base_elements
 from tallstore.layout import Arena, Layout
 from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
@@ -170,14 +170,15 @@ class Decoder:
     def needs(self, key: SpanKey) -> Iterator[tuple[str, int]]:
         """What decoding a span reads: (role, stream), the chunk being the span's number.
 
-        Roles: ``"own"`` or ``"base"``, the elements; and for what is coded of the base,
-        ``"planes"``, ``"vector"``, ``"residual"``.
+        Roles: ``"own"`` or ``"base"``, the elements (``"external base"``: a stream of the store
+        that has them); and for what is coded of the base, ``"planes"``, ``"vector"``,
+        ``"residual"``.
         """
         own, arena, _ = key
         if own and self._task:
             yield "own", self._task.own_streams[arena]
             return
-        yield "base", self._base.streams[arena]
+        yield "base" if self._base.external is None else OUTSIDE, self._base_streams[arena]
         code = self._codes.get(arena)
         if code is None:
             return

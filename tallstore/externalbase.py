@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from tallstore.catalog import BaseRecord, Catalog
 from tallstore.describing import read_base
@@ -20,6 +21,7 @@ from tallstore.errors import CorruptStoreError, OptionError, TallstoreError, Wro
 from tallstore.store import open_snapshot
 
 __all__ = [
+    "OUTSIDE",
     "ExternalStore",
     "base_elements",
     "open_external",
@@ -28,6 +30,9 @@ __all__ = [
     "refer",
     "with_base_at",
 ]
+
+#: What a base in another store is called where damage is listed.
+OUTSIDE: Final = "external base"
 
 
 def recorded_path(store: Path, base: Path) -> str:

@@ -31,6 +31,7 @@ from tallstore.engine.session import WriteSession
 from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import CorruptStoreError, OptionError, StoreExistsError
+from tallstore.externalbase import open_external, place_of, with_base_at
 from tallstore.packing.writing import write_blob
 from tallstore.progress import Meter, Report
 from tallstore.version import WRITTEN_BY
@@ -92,6 +93,8 @@ def repair_store(
     ------
     CorruptStoreError
         Nothing can be saved: no manifest is whole, or the base is not. Nothing was changed.
+    WrongBaseError, StoreNotFoundError, NotAStoreError
+        The base is in another store, which is not there. Nothing was changed.
     StoreExistsError
         Something is at `out`.
     StoreLockedError
@@ -133,7 +136,9 @@ def _rebuild(
     snapshot = _snapshot(new)
     try:
         catalog = Catalog.from_json(before.body, what=str(path))
-        found = verify_snapshot(snapshot, catalog)
+        _reach_base(path, snapshot, catalog)
+        catalog = _from(path, place, catalog)
+        found = verify_snapshot(snapshot, catalog, outside=False)
         _check_base(path, catalog, found.base)
         lost: dict[str, Damage] = {}
         lossy: dict[str, Damage] = {}
@@ -176,6 +181,24 @@ def _rebuild(
         files=files,
         missing=missing,
     )
+
+
+def _from(path: Path, place: Path, catalog: Catalog) -> Catalog:
+    """The catalog of the store at `path` as it is to stand in one at `place`."""
+    recorded = None if catalog.base is None else catalog.base.external
+    if recorded is None or path.parent == place.parent:
+        return catalog
+    return with_base_at(place, catalog, place_of(path, recorded))
+
+
+def _reach_base(path: Path, snapshot: Snapshot, catalog: Catalog) -> None:
+    """A base in another store has to be there: without it nobody can tell what is whole."""
+    try:
+        base = read_base(snapshot, catalog)
+    except CorruptStoreError:
+        return  # `verify_snapshot` will tell
+    if base.external is not None:
+        open_external(path, base.external, base).close()
 
 
 def _snapshot(new: NewFile) -> Snapshot:
@@ -245,7 +268,7 @@ def _base_without(
     document = read_base(snapshot, catalog)
     contents, files = _kept_files(document.contents, gone)
     number = write_blob(session, replace(document, contents=contents).to_bytes())
-    streams = tuple(sorted({*document.streams, *files}))
+    streams = tuple(sorted({*filter(None, document.streams), *files}))
     return replace(record, document=number, streams=streams, nbytes=contents.nbytes)
 
 

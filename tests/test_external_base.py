@@ -32,6 +32,7 @@ from tallstore.errors import (
     WrongBaseError,
 )
 from tallstore.externalbase import recorded_path
+from tallstore.repairing import repair_store
 from tallstore.ring import Ring
 
 
@@ -495,6 +496,60 @@ def test_damage_in_the_base_is_found_by_every_load_and_by_verify(stores: Stores)
         (problem,) = found.problems
         assert problem.owners == ("external base",) and str(stores.base_path) in problem.message
         assert found.external is not None and found.external.path == stores.base_path
+
+
+def test_verify_tells_whom_damage_concerns(stores: Stores) -> None:
+    """Streams of the two stores have the same numbers: they are not mixed up."""
+    with tallstore.open(stores.base_path) as store:
+        there = store.describe().base.streams[0]
+    with tallstore.open(stores.path) as store:
+        document = store.describe("one").task
+        assert document is not None and document.codes[0].planes is not None
+        planes = document.codes[0].planes
+        floats = [t.name for t in store.tensors("one") if t.dtype == "float32"]
+        own = [t.name for t in store.tensors("two") if t.name == "head.weight"]
+    whole = stores.base_path.read_bytes()
+    value = values(stores.base_path)[chunk_key(there, 0)]
+    stores.base_path.write_bytes(damaged(whole, value, 500, 3))
+    with tallstore.open(stores.path) as store:
+        found = store.verify()
+    assert set(found.tasks) == {"one", "two"} and found.base is not None
+    assert found.tasks["one"].roles == found.base.roles == {"external base"}
+    assert set(found.tasks["one"].tensors) == set(floats)
+    assert own and set(found.tasks["two"].tensors) == set(floats) - set(own)
+    stores.base_path.write_bytes(whole)
+    value = values(stores.path)[chunk_key(planes, 0)]
+    stores.path.write_bytes(damaged(stores.path.read_bytes(), value, 60, 3))
+    with tallstore.open(stores.path) as store:
+        found = store.verify()
+    assert set(found.tasks) == {"one"} and found.base is None
+    assert found.tasks["one"].roles == {"planes"}
+
+
+def test_repairing(stores: Stores, tmp_path: Path) -> None:
+    """Its own chunks are saved; the base is not its to repair, but has to be there."""
+    with tallstore.open(stores.path) as store:
+        document = store.describe("one").task
+        assert document is not None and document.codes[0].exact is not None
+        lost = document.codes[0].exact
+    value = values(stores.path)[chunk_key(lost, 0)]
+    stores.path.write_bytes(damaged(stores.path.read_bytes(), value, 60, 3))
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "repaired.tall"
+    done = repair_store(stores.path, out=out)
+    assert done.whole == ("two",) and set(done.lossy) == {"one"} and not done.lost
+    with tallstore.open(out) as store:
+        assert store.verify().ok and store.external_base == stores.base_path
+        assert store.base.external == "../base.tall"
+        assert_same(store.load("two"), stores.tasks["two"])
+    moved = shutil.move(stores.base_path, tmp_path / "moved.tall")
+    before = stores.path.read_bytes()
+    with absent(stores.path, stores.base_path):
+        repair_store(stores.path)
+    assert stores.path.read_bytes() == before
+    shutil.move(moved, stores.base_path)
+    assert repair_store(stores.path).whole == ("two",)
+    assert_same(tallstore.load(stores.path, task="two"), stores.tasks["two"])
 
 
 def test_verify_hashes_the_base_anew(stores: Stores) -> None:
