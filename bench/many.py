@@ -111,6 +111,8 @@ def _writer(path: Path, states: list[State], *, stop_at: str) -> None:
         commits += 1
         if stop_at:
             break
+        if commits == 1:
+            print("writing", flush=True)
         if commits % 3 == 0:
             with tallstore.open(path, "a") as store:
                 store.add({"passing": states[0]})
@@ -161,13 +163,11 @@ def _slots(path: Path) -> int:
     """Taken slots of LMDB's reader table, after the check that opening makes."""
     environment = open_environment(path)
     try:
-        return len(environment.lmdb.readers().splitlines()) - 1 if _taken(environment) else 0
+        # A heading, and a line for each; or one line that there are none.
+        lines = str(environment.lmdb.readers()).strip().splitlines()
+        return sum(line.split()[0].isdigit() for line in lines)
     finally:
         environment.close()
-
-
-def _taken(environment: Any) -> bool:
-    return "no active readers" not in environment.lmdb.readers()
 
 
 def measure(path: Path, *, seconds: float, threads: tuple[int, ...] = _READERS) -> dict[str, Any]:
@@ -183,15 +183,19 @@ def measure(path: Path, *, seconds: float, threads: tuple[int, ...] = _READERS) 
         told.write_text(json.dumps(wanted))
         readers = [_child("--reader", str(path), str(told), str(n)) for n in threads]
         victim = _child("--reader", str(path), str(told), "1")
+        children = [*readers, victim]
         phases: list[tuple[str, float, float]] = []
         try:
             for reader in (*readers, victim):
                 assert _line(reader) == "ready"
             phases.append(_phase("alone", seconds / 3))
             writer = _child("--writer", str(path), *names[:2])
+            children.append(writer)
+            assert _line(writer) == "writing"
             phases.append(_phase("beside a writer", seconds / 3))
             commits = _end(writer)
             still = _child("--writer", str(path), *names[:2], "--stop-at", "manifest")
+            children.append(still)
             assert _line(still) == "still"
             phases.append(_phase("beside a writer that stands still", seconds / 3))
             os.kill(still.pid, signal.SIGCONT)
@@ -200,8 +204,12 @@ def measure(path: Path, *, seconds: float, threads: tuple[int, ...] = _READERS) 
             victim.wait()
             loads = [load for reader in readers for load in _checked(_end(reader))]
         finally:
-            for child in (*readers, victim):
+            for child in children:
                 child.kill()
+                child.wait()
+                for pipe in (child.stdin, child.stdout):
+                    if pipe is not None:
+                        pipe.close()
     left = _slots(path)
     if left:
         raise AssertionError(f"{left} slots of dead readers are still taken")

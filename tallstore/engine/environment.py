@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +27,7 @@ from tallstore.advice import reserve
 from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.engine.lockless import register
 from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
+from tallstore.engine.waiting import attempts
 from tallstore.errors import (
     NotAStoreError,
     StoreLockedError,
@@ -83,6 +83,10 @@ class Environment:
         """The path for messages."""
         return self.destination or self.path
 
+    def paged_bytes(self) -> int:
+        """Bytes that the file must have for the pages of the newest transaction."""
+        return int((self.lmdb.info()["last_pgno"] + 1) * self.lmdb.stat()["psize"])
+
     def close(self) -> None:
         """Give one handle back; the last one closes the environment."""
         with _REGISTRY.lock:
@@ -120,15 +124,13 @@ class Environment:
         StoreLockedError
             Others still had it open after `timeout` seconds; nothing was changed.
         """
-        deadline = time.monotonic() + timeout
-        while not self._replaced(other):
-            if time.monotonic() >= deadline:
-                self.close()
-                raise StoreLockedError(
-                    f"{self.path}: in use by another reader; close it and try again, or wait "
-                    f"longer than {timeout:g} s (timeout=). Nothing was changed"
-                )
-            time.sleep(0.05)
+        told = f"{self.path}: in use by another reader"
+        if not any(self._replaced(other) for _ in attempts(timeout, lambda: told)):
+            self.close()
+            raise StoreLockedError(
+                f"{told}; close it and try again, or wait longer than {timeout:g} s (timeout=). "
+                "Nothing was changed"
+            )
 
     def _replaced(self, other: Path) -> bool:
         # In one hold of the registry: a thread that opens the file waits for the flock in there.
@@ -353,7 +355,7 @@ def create_environment(path: Path, *, destination: Path) -> Environment:
     place, and `WriteSession.commit` syncs it before that. It has a reader table all the same:
     without one, LMDB would use pages again that this process's own snapshots still read.
     """
-    with lmdb_errors(destination, doing="create"):
+    with lmdb_errors(destination, doing="create", needed=_LOCK_FILE_SIZE):
         _make_lock_file(path)
         opened = _lmdb_open(path, readonly=False, lock=True, create=True, sync=False)
         presence = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

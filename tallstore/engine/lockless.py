@@ -13,19 +13,18 @@ import fcntl
 import os
 import struct
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from tallstore.engine.waiting import attempts
 from tallstore.errors import StoreLockedError
 
 __all__ = ["LOCK_BYTE", "holding_off", "register"]
 
 #: Which byte of the data file is locked **[contract]**.
 LOCK_BYTE: Final = 1 << 62
-_POLL: Final = 0.05  # seconds
 _SETLK: Final = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 _SETLKW: Final = getattr(fcntl, "F_OFD_SETLKW", None)
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
@@ -65,18 +64,18 @@ def holding_off(path: Path, *, timeout: float) -> Iterator[None]:
     if _SETLK is None:
         yield
         return
-    deadline = time.monotonic() + timeout
+    told = (
+        f"{path}: in use by a reader that may not write {path.name}-lock beside it (another user, "
+        "or a read-only mount)"
+    )
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        while not _lock(descriptor, _SETLK, fcntl.F_WRLCK):
-            if time.monotonic() >= deadline:
-                raise StoreLockedError(
-                    f"{path}: in use by a reader that may not write {path.name}-lock beside it "
-                    "(another user, or a read-only mount), so that pages it reads cannot be told "
-                    "from free ones; close it and try again, or wait longer than "
-                    f"{timeout:g} s (timeout=). Nothing was changed"
-                )
-            time.sleep(_POLL)
+        tries = attempts(timeout, lambda: told)
+        if not any(_lock(descriptor, _SETLK, fcntl.F_WRLCK) for _ in tries):
+            raise StoreLockedError(
+                f"{told}, so that pages it reads cannot be told from free ones; close it and try "
+                f"again, or wait longer than {timeout:g} s (timeout=). Nothing was changed"
+            )
         yield
     finally:
         os.close(descriptor)

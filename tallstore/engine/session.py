@@ -348,7 +348,7 @@ def fit_file(environment: Environment, *, spare: int = 0) -> None:
     the last one the file would end early, which looks like a truncated file. And what a failed
     write appended is given back.
     """
-    needed = (environment.lmdb.info()["last_pgno"] + 1) * environment.lmdb.stat()["psize"]
+    needed = environment.paged_bytes()
     size = os.stat(environment.path).st_size
     if size < needed + spare or (size > needed and not spare):
         os.truncate(environment.path, needed + spare)

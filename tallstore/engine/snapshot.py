@@ -19,7 +19,12 @@ from tallstore.engine.guard import begin_reading, damaged_runs
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.strays import stray_keys
-from tallstore.errors import CorruptStoreError, NotAStoreError, StoreClosedError
+from tallstore.errors import (
+    CorruptStoreError,
+    NotAStoreError,
+    StoreClosedError,
+    TruncatedStoreError,
+)
 
 __all__ = ["Closable", "Snapshot"]
 
@@ -51,6 +56,7 @@ class Snapshot:
         self._beside: dict[Hashable, Any] = {}
         with lmdb_errors(self.path, doing="read"):
             self._transaction, self._file = begin_reading(environment)
+            self._nbytes = environment.paged_bytes()
             try:
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
@@ -106,6 +112,12 @@ class Snapshot:
         if self._environment is None or self._process != os.getpid():
             raise self._closed()
         with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
+            # LMDB does not look, and pages behind the end of the file would kill the process.
+            if os.fstat(self._environment.presence).st_size < self._nbytes:
+                raise TruncatedStoreError(
+                    f"{self.path}: somebody cut the file short while it was open; restore it "
+                    "from a copy"
+                )
             value: memoryview | None = self._transaction.get(key)
         if value is None:
             raise CorruptStoreError(f"{what} is missing from the store")

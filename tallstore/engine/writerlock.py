@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from pathlib import Path
 from types import TracebackType
-from typing import Final
 
 from tallstore.engine.environment import lmdb_errors
 from tallstore.engine.filesystem import warn_of_network
+from tallstore.engine.waiting import attempts
 from tallstore.errors import OptionError, StoreLockedError
 
 __all__ = ["WriterLock"]
-
-_POLL: Final = 0.05  # seconds
 
 
 class WriterLock:
@@ -42,15 +39,12 @@ class WriterLock:
         self._descriptor = -1
 
     def __enter__(self) -> WriterLock:
-        deadline = time.monotonic() + self._timeout
         with lmdb_errors(self._store, doing="lock it for writing"):
-            while not self._try():
-                if time.monotonic() >= deadline:
-                    raise StoreLockedError(
-                        f"{self._store}: another process{self._holder()} is writing to it; "
-                        f"waited {self._timeout:g} s. Try again, or wait longer (timeout=)"
-                    )
-                time.sleep(_POLL)
+            if not any(self._try() for _ in attempts(self._timeout, self._in_the_way)):
+                raise StoreLockedError(
+                    f"{self._in_the_way()}; waited {self._timeout:g} s. "
+                    "Try again, or wait longer (timeout=)"
+                )
         try:
             warn_of_network(self._store)
         except BaseException:  # a warning made an error
@@ -64,8 +58,9 @@ class WriterLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder removes the file at its end: a lock on a removed file locks nothing.
             if os.path.samestat(os.fstat(descriptor), self._path.stat()):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                with contextlib.suppress(OSError):  # for people; a full disk does without
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 self._descriptor = descriptor
                 return True
         except (BlockingIOError, FileNotFoundError):
@@ -75,6 +70,9 @@ class WriterLock:
             raise
         os.close(descriptor)
         return False
+
+    def _in_the_way(self) -> str:
+        return f"{self._store}: another process{self._holder()} is writing to it"
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError, ValueError):
