@@ -131,14 +131,8 @@ def verify_snapshot(
     else:
         damaged = _damaged(snapshot, catalog, problems, elsewhere) if problems + elsewhere else {}
     problems += [replace(problem, chunk=None) for problem in elsewhere]
-    for concerned, message in snapshot.page_damage():
-        who = () if concerned is None else tuple(owners.get(concerned, ()))
-        problems.append(Problem(f"{snapshot.path}: {message}", who))
-    stray = 0
-    try:
-        stray = snapshot.strays()
-    except TallstoreError as exc:
-        problems.append(Problem(str(exc), ()))
+    problems += [Problem(message, ()) for message in snapshot.page_damage()]
+    stray = snapshot.strays()
     nbytes = sum(stream.stored for stream in streams.values())
     base = damaged.pop(None, None)
     tasks = {name: damage for name, damage in damaged.items() if name is not None}

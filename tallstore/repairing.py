@@ -268,7 +268,7 @@ def _base_without(
     document = read_base(snapshot, catalog)
     contents, files = _kept_files(document.contents, gone)
     number = write_blob(session, replace(document, contents=contents).to_bytes())
-    streams = tuple(sorted({*filter(None, document.streams), *files}))
+    streams = tuple(sorted({*filter(None, document.streams), *files} - {0}))
     return replace(record, document=number, streams=streams, nbytes=contents.nbytes)
 
 
@@ -293,7 +293,7 @@ def _task_without(
     return replace(
         record,
         document=number,
-        streams=tuple(sorted({*document.own_streams, *kept, *needed})),
+        streams=tuple(sorted({*document.own_streams, *kept, *needed} - {0})),
         exact=record.exact and not lossy,
         nbytes=contents.nbytes,
     )

@@ -166,7 +166,7 @@ def _pages(path: Path) -> None:
         file = check_data_file(descriptor, path)
         tree = walk(descriptor, file, file.main, path=path)
         assert (tree.places + tree.sizes <= file.nbytes).all()
-        check_runs(descriptor, file, tree)
+        check_runs(descriptor, file, tree, range(len(tree.keys)))
         check_free_pages(descriptor, file, tree, path=path)
     finally:
         os.close(descriptor)

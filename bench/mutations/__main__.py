@@ -167,7 +167,7 @@ def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _T
             # Two thirds of the mutations go to the store with tasks in it.
             victim = victims[seed % 3 == 0]
             place = free.pop()
-            pid, kind, how = _start(victim, seed // 3, place)
+            pid, kind, how = _start(victim, seed, place)
             running[pid] = (victim.name, kind, how, seed, place)
         if not running:
             return tally

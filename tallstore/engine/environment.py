@@ -24,7 +24,7 @@ except ImportError:  # before 3.0
     _envid = None  # type: ignore[assignment]
 
 from tallstore.advice import reserve
-from tallstore.engine.datafile import DataFile, check_data_file
+from tallstore.engine.datafile import check_data_file
 from tallstore.engine.lockless import register
 from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
 from tallstore.engine.waiting import attempts
@@ -70,8 +70,8 @@ class Environment:
     process: int = field(default_factory=os.getpid)
     destination: Path | None = None
     """Where a file under a temporary name is to go: what messages call it."""
-    walked: DataFile | None = None
-    """The meta page whose tree was checked last."""
+    walked: object = None
+    """The commit that was checked last; `tallstore.engine.guard` keeps it here."""
 
     @property
     def writable(self) -> bool:

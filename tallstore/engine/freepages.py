@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,26 +35,26 @@ def _run_headers(descriptor: int, file: DataFile, runs: Numbers) -> Iterator[tup
 
 
 def check_runs(
-    descriptor: int, file: DataFile, tree: Tree, chosen: NDArray[np.bool_] | None = None
+    descriptor: int, file: DataFile, tree: Tree, rows: Sequence[int] | NDArray[np.intp]
 ) -> list[int]:
-    """The values whose runs of pages have a damaged header: LMDB goes by it to free or copy them.
+    """The values, of some, whose pages have a damaged header; LMDB goes by it to free and to copy.
 
     Reads 16 bytes a value.
 
     Parameters
     ----------
-    chosen
-        Which values to look at; all if None.
+    rows
+        Of `tree`.
 
     Returns
     -------
     list of int
-        Rows of `tree`.
+        Those of `rows` that are damaged.
     """
-    big = tree.runs > 0
-    rows = np.flatnonzero(big if chosen is None else big & chosen)
-    headers = _run_headers(descriptor, file, tree.runs[rows])
-    wanted = zip(rows, tree.runs[rows], tree.counts[rows], strict=True)
+    chosen = np.asarray(rows, np.intp)
+    chosen = chosen[tree.runs[chosen] > 0]
+    headers = _run_headers(descriptor, file, tree.runs[chosen])
+    wanted = zip(chosen, tree.runs[chosen], tree.counts[chosen], strict=True)
     return [
         int(row)
         for (row, run, count), header in zip(wanted, headers, strict=True)

@@ -5,10 +5,13 @@ How and why: `tallstore.engine.tree`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tallstore.engine.datafile import CURE, DataFile, check_data_file, read_metas
 from tallstore.engine.environment import Environment
@@ -16,14 +19,46 @@ from tallstore.engine.freepages import check_free_pages, check_runs
 from tallstore.engine.tree import Tree, walk
 from tallstore.errors import CorruptStoreError, StoreLockedError
 
-__all__ = ["begin_reading", "check_before_copying", "check_before_writing", "damaged_runs"]
+__all__ = [
+    "Walked",
+    "begin_reading",
+    "check_before_copying",
+    "check_before_writing",
+    "page_damage",
+    "stray_keys",
+]
 
 _ATTEMPTS: Final = 100
 _CHUNK_KEY: Final = 12
+_KEY: Final = struct.Struct(">QQ")
 
 
-def begin_reading(environment: Environment) -> tuple[Any, DataFile]:
-    """A read transaction with buffers whose whole tree was checked, and its meta page.
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """A commit whose tree was checked."""
+
+    file: DataFile
+    tree: Tree
+
+    def check_run(self, descriptor: int, key: bytes, *, what: str) -> None:
+        """Check the header of a value's pages, if it has some.
+
+        LMDB looks at it when it gives a value; if it is wrong, nothing more can be read in that
+        transaction.
+
+        Raises
+        ------
+        CorruptStoreError
+            LMDB must not be asked for this value.
+        """
+        row = self.tree.row(key)
+        if row is not None and check_runs(descriptor, self.file, self.tree, [row]):
+            run = int(self.tree.runs[row])
+            raise CorruptStoreError(f"{what}: page {run}, where it begins, is damaged; {CURE}")
+
+
+def begin_reading(environment: Environment) -> tuple[Any, Walked]:
+    """A read transaction with buffers, after its whole tree was checked.
 
     Raises
     ------
@@ -33,9 +68,9 @@ def begin_reading(environment: Environment) -> tuple[Any, DataFile]:
     for _ in range(_ATTEMPTS):
         transaction = environment.lmdb.begin(buffers=True)
         try:
-            file = _walked(environment, transaction.id())
-            if file is not None:
-                return transaction, file
+            walked = _walked(environment, transaction.id())
+            if walked is not None:
+                return transaction, walked
         except BaseException:
             transaction.abort()
             raise
@@ -45,16 +80,16 @@ def begin_reading(environment: Environment) -> tuple[Any, DataFile]:
     )
 
 
-def _walked(environment: Environment, number: int) -> DataFile | None:
+def _walked(environment: Environment, number: int) -> Walked | None:
     """Check the tree of one transaction; None where its meta page is overwritten already."""
     known = environment.walked
-    if known is not None and known.transaction == number:
+    if isinstance(known, Walked) and known.file.transaction == number:
         return known
     for file in read_metas(environment.presence, environment.shown):
         if file.transaction == number:
-            _main(environment, file)
-            environment.walked = file
-            return file
+            walked = Walked(file, _main(environment, file))
+            environment.walked = walked
+            return walked
     return None
 
 
@@ -67,13 +102,30 @@ def _newest(environment: Environment) -> tuple[DataFile, Tree]:
     return file, _main(environment, file)
 
 
-def check_before_writing(environment: Environment, kept: Collection[int]) -> None:
+def stray_keys(tree: Tree, live: Collection[int]) -> list[bytes]:
+    """Keys of chunks whose stream is not in `live`: what an interrupted write left behind."""
+    keys = tree.keys[_stray(tree, live)]
+    return [_KEY.pack(int(high), int(low))[:_CHUNK_KEY] for high, low, _ in keys]
+
+
+def _stray(tree: Tree, live: Collection[int]) -> NDArray[np.bool_]:
+    streams = np.fromiter(live, np.uint64, len(live))
+    chunks: NDArray[np.bool_] = tree.keys[:, 2] == _CHUNK_KEY
+    return chunks & ~np.isin(tree.keys[:, 0], streams)
+
+
+def check_before_writing(environment: Environment, kept: Collection[int]) -> list[bytes]:
     """Check all that LMDB goes by in a write; the caller holds the store's `WriterLock`.
 
     Parameters
     ----------
     kept
         Streams whose chunks the write leaves alone; all others it may remove.
+
+    Returns
+    -------
+    list of bytes
+        The keys of those others.
 
     Raises
     ------
@@ -82,9 +134,8 @@ def check_before_writing(environment: Environment, kept: Collection[int]) -> Non
     """
     file, tree = _newest(environment)
     check_free_pages(environment.presence, file, tree, path=environment.shown)
-    streams = np.fromiter(kept, np.uint64, len(kept))
-    chunks = tree.keys[:, 2] == _CHUNK_KEY
-    _refuse(environment, tree, file, ~(chunks & np.isin(tree.keys[:, 0], streams)))
+    _refuse(environment, tree, file, _stray(tree, kept) | (tree.keys[:, 2] != _CHUNK_KEY))
+    return stray_keys(tree, kept)
 
 
 def check_before_copying(environment: Environment) -> None:
@@ -93,8 +144,10 @@ def check_before_copying(environment: Environment) -> None:
     _refuse(environment, tree, file, np.ones(tree.runs.size, np.bool_))
 
 
-def _refuse(environment: Environment, tree: Tree, file: DataFile, chosen: Any) -> None:
-    for row in check_runs(environment.presence, file, tree, chosen):
+def _refuse(
+    environment: Environment, tree: Tree, file: DataFile, chosen: NDArray[np.bool_]
+) -> None:
+    for row in check_runs(environment.presence, file, tree, np.flatnonzero(chosen)):
         raise CorruptStoreError(
             f"{environment.shown}: page {int(tree.runs[row])} is damaged, the header of "
             f"{_owner(tree, row)}: nothing was written; {CURE}"
@@ -106,27 +159,16 @@ def _owner(tree: Tree, row: int) -> str:
     return f"stream {stream}, chunk {chunk >> 32}" if length == _CHUNK_KEY else "the manifest"
 
 
-def damaged_runs(environment: Environment, file: DataFile) -> list[tuple[int | None, str]]:
-    """What a reader does not mind, but a writer would: damage to headers and to the free list.
+def page_damage(environment: Environment, walked: Walked) -> list[str]:
+    """What is wrong with the list of free pages, of which readers make no use.
 
     Parameters
     ----------
-    file
-        The meta page of a transaction that is still open.
-
-    Returns
-    -------
-    list of (int or None, str)
-        The stream that it concerns (None: only writers), and what is wrong.
+    walked
+        Of a transaction that is still open.
     """
-    tree = _main(environment, file)
-    found: list[tuple[int | None, str]] = []
-    for row in check_runs(environment.presence, file, tree):
-        stream = int(tree.keys[row, 0]) if tree.keys[row, 2] == _CHUNK_KEY else None
-        page = int(tree.runs[row])
-        found.append((stream, f"page {page} is damaged, the header of {_owner(tree, row)}"))
     try:
-        check_free_pages(environment.presence, file, tree, path=environment.shown)
+        check_free_pages(environment.presence, walked.file, walked.tree, path=environment.shown)
     except CorruptStoreError as exc:
-        found.append((None, str(exc).removeprefix(f"{environment.shown}: ")))
-    return found
+        return [str(exc)]
+    return []

@@ -8,7 +8,6 @@ what a killed write left behind belongs to no live stream, and the next write re
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import queue
 import threading
@@ -25,7 +24,6 @@ from tallstore.engine.environment import Environment, lmdb_errors
 from tallstore.engine.guard import check_before_writing
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key, split_key
 from tallstore.engine.manifest import Manifest
-from tallstore.engine.strays import stray_keys
 from tallstore.errors import CorruptStoreError, TallstoreError
 
 __all__ = ["StreamWriter", "WriteSession", "commit_again", "pages_in_use", "reclaim"]
@@ -301,20 +299,17 @@ def reclaim(
     environment: Environment, manifest: Manifest, *, step: Callable[[str], None] | None = None
 ) -> int:
     """Remove the chunks of streams that `manifest` does not know; returns how many there were."""
-    removed = 0
     with lmdb_errors(environment.shown, doing="reclaim space", needed=_SPARE):
-        while doomed := _unreferenced(environment, manifest):
-            if not removed:
-                check_before_writing(environment, manifest.streams)
+        doomed = check_before_writing(environment, manifest.streams)
+        for start in range(0, len(doomed), _RECLAIM):
             if step is not None:
                 step("reclaim")
             fit_file(environment, spare=_SPARE)
             with environment.lmdb.begin(write=True) as transaction:
-                for key in doomed:
+                for key in doomed[start : start + _RECLAIM]:
                     transaction.delete(key)
-            removed += len(doomed)
         fit_file(environment)
-    return removed
+    return len(doomed)
 
 
 def pages_in_use(environment: Environment) -> int:
@@ -352,8 +347,3 @@ def fit_file(environment: Environment, *, spare: int = 0) -> None:
     size = os.stat(environment.path).st_size
     if size < needed + spare or (size > needed and not spare):
         os.truncate(environment.path, needed + spare)
-
-
-def _unreferenced(environment: Environment, manifest: Manifest) -> list[bytes]:
-    with environment.lmdb.begin(buffers=True) as transaction:
-        return list(itertools.islice(stray_keys(transaction, manifest.streams), _RECLAIM))

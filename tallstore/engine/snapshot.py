@@ -15,10 +15,9 @@ from tallstore.advice import fault_in, release_pages
 from tallstore.codecs import Bytes
 from tallstore.engine.chunk import HEADER_SIZE, CheckedChunk, check_chunk
 from tallstore.engine.environment import Environment, lmdb_errors
-from tallstore.engine.guard import begin_reading, damaged_runs
+from tallstore.engine.guard import begin_reading, page_damage, stray_keys
 from tallstore.engine.keys import MANIFEST_KEY, Stream, chunk_key
 from tallstore.engine.manifest import Manifest
-from tallstore.engine.strays import stray_keys
 from tallstore.errors import (
     CorruptStoreError,
     NotAStoreError,
@@ -55,9 +54,10 @@ class Snapshot:
         self._process = os.getpid()
         self._beside: dict[Hashable, Any] = {}
         with lmdb_errors(self.path, doing="read"):
-            self._transaction, self._file = begin_reading(environment)
+            self._transaction, self._walked = begin_reading(environment)
             self._nbytes = environment.paged_bytes()
             try:
+                self._check_run(MANIFEST_KEY, f"{self.path}: manifest")
                 value = self._transaction.get(MANIFEST_KEY)
                 if value is None:
                     raise NotAStoreError(f"{self.path}: an LMDB file, but not a tallstore")
@@ -118,10 +118,15 @@ class Snapshot:
                     f"{self.path}: somebody cut the file short while it was open; restore it "
                     "from a copy"
                 )
+            self._check_run(key, what)
             value: memoryview | None = self._transaction.get(key)
         if value is None:
             raise CorruptStoreError(f"{what} is missing from the store")
         return value
+
+    def _check_run(self, key: bytes, what: str) -> None:
+        if self._environment is not None:
+            self._walked.check_run(self._environment.presence, key, what=what)
 
     def _checked(self, stream: Stream, chunk: int, what: str) -> tuple[memoryview, CheckedChunk]:
         key = chunk_key(stream.number, chunk)
@@ -196,17 +201,16 @@ class Snapshot:
                 out[filled : filled + count] = whole[within : within + count]
             filled += count
 
-    def page_damage(self) -> list[tuple[int | None, str]]:
-        """Damage that only a write would mind: (stream that it concerns, if any; what)."""
+    def page_damage(self) -> list[str]:
+        """Damage that only a write would mind."""
         if self._environment is None:
             raise StoreClosedError(f"{self.path}: this handle was closed; open it again")
         with lmdb_errors(self.path, doing="read its pages"):
-            return damaged_runs(self._environment, self._file)
+            return page_damage(self._environment, self._walked)
 
     def strays(self) -> int:
         """How many chunks an interrupted write left; the next write removes them."""
-        with lmdb_errors(self.path, doing="list its keys"):
-            return sum(1 for _ in stray_keys(self._transaction, self.manifest.streams))
+        return len(stray_keys(self._walked.tree, self.manifest.streams))
 
     def stored_sizes(self) -> tuple[int, int]:
         """(bytes of the file that pages in use take, bytes of the file)."""

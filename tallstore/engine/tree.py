@@ -32,6 +32,7 @@ in memory afterwards, or between the two on the medium, is not found here.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +51,7 @@ _NODE_HEADER: Final = 8
 _BIG: Final = 1
 #: Keys are read up to this length: those of a store have 12 and 8 bytes.
 _MAX_KEY: Final = 16
+_HALVES: Final = struct.Struct(">QQ")
 _MAX_DEPTH: Final = 32
 #: Pages looked at together.
 _BATCH: Final = 64
@@ -87,13 +89,25 @@ class Tree:
             return np.concatenate([none, *columns])
 
         return cls(
-            keys=np.concatenate([_LOWEST[:0], *(part.keys for part in parts)]),
+            # Column by column in memory, for `row`.
+            keys=np.asfortranarray(np.concatenate([_LOWEST[:0], *(part.keys for part in parts)])),
             sizes=joined([part.sizes for part in parts]),
             places=joined([part.places for part in parts]),
             runs=joined([part.runs for part in parts]),
             counts=joined([part.counts for part in parts]),
             pages=joined(pages),
         )
+
+    def row(self, key: bytes) -> int | None:
+        """Where a key of at most 16 bytes is among the rows; None where it is not."""
+        first, second = _HALVES.unpack(key.ljust(_MAX_KEY, b"\0"))
+        low, high = 0, len(self.keys)
+        for column, wanted in enumerate((first, second, len(key))):
+            some = self.keys[low:high, column]
+            number = np.uint64(wanted)
+            left, right = np.searchsorted(some, number), np.searchsorted(some, number, "right")
+            low, high = low + int(left), low + int(right)
+        return low if low < high else None
 
     def extents(self) -> tuple[Numbers, Numbers]:
         """First page and count of everything that the tree takes."""
