@@ -179,7 +179,7 @@ def _export_directory(
     if max_shard_size <= 0:
         raise OptionError(f"max_shard_size={max_shard_size}: a positive number of bytes")
     remove_stale(out.parent, rf"\.{re.escape(out.name)}\.[0-9a-f]{{12}}\.tmp")
-    with lmdb_errors(out, doing="write"):
+    with lmdb_errors(out, doing="write", needed=sum(_nbytes(t) for t in tensors)):
         temporary, claim = _temporary_directory(out)
         try:
             for file in loader.contents.files:

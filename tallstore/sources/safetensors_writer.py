@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tallstore.engine.filesystem import sync_directory
+from tallstore.engine.filesystem import free_room, sync_directory
 from tallstore.engine.temporary import claimed, remove_stale
 from tallstore.errors import (
     OptionError,
@@ -195,9 +195,11 @@ class SafetensorsWriter:
 
     def _error(self, exc: OSError) -> TallstoreError:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = free_room(self.path.parent)
+            there = "" if free is None else f", {free} are free"
             return StoreFullError(
                 f"no room to write {self.path}: the device or quota is full; it needs "
-                f"{self.nbytes} bytes, free them or write elsewhere"
+                f"{self.nbytes} bytes{there}; free them or write elsewhere"
             )
         if exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return StoreReadOnlyError(
