@@ -88,7 +88,8 @@ class NewFile:
 
     def copy_of(self, environment: Environment) -> None:
         """Become a compacted copy of another environment, read back chunk by chunk."""
-        check_before_copying(environment)
+        with lmdb_errors(environment.shown, doing="check its pages"):
+            check_before_copying(environment)
         descriptor = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
         try:
             self.environment.lmdb.close()

@@ -88,7 +88,8 @@ class WriteSession:
     """
 
     def __init__(self, environment: Environment, before: Manifest, *, room: int = 0) -> None:
-        check_before_writing(environment, before.streams)
+        with lmdb_errors(environment.shown, doing="check its pages"):
+            check_before_writing(environment, before.streams)
         self._environment = environment
         self._before = before
         self._next = before.next_stream
