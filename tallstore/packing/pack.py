@@ -29,7 +29,8 @@ from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks, masks_on
-from tallstore.packing.tasks import Target, encode_tasks
+from tallstore.packing.target import Target
+from tallstore.packing.tasks import encode_tasks
 from tallstore.packing.vector import CandidateFeed, write_vector
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
@@ -283,4 +284,11 @@ class _Packing:
             )
         if score is not None and not math.isfinite(score):
             score = None  # the best of them was hopeless; a record holds numbers
-        return Target(candidate=candidate, tall_lambda=value, exact=exact, score=score)
+        return Target(
+            candidate=candidate,
+            tall_lambda=value,
+            exact=exact,
+            code="tall",
+            parameters={} if exact else None,
+            score=score,
+        )
