@@ -34,7 +34,7 @@ _FEATURES: Final = (EXTERNAL_BASE, CODES, QUANTIZED_VECTOR)
 _PLAIN: Final = ("tall", "none")
 _CODES: Final = (*_PLAIN, "signs", "seeded", "levels", "auto")
 #: How a shared vector can be kept beside the codable dtypes: integers and a scale a block.
-QUANTIZED: Final = ("int8", "int4")
+QUANTIZED: Final = ("int8", "int4", "uint8", "uint4")
 _MAX_NAME: Final = 255
 
 
@@ -126,6 +126,11 @@ class VectorRecord:
     tasks: tuple[str, ...]
     """The tasks it was merged from, in order."""
     created: str
+
+    @property
+    def decoded_dtype(self) -> str:
+        """The dtype of its weights once they are read."""
+        return "float32" if self.dtype in QUANTIZED else self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
