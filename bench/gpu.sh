@@ -29,7 +29,7 @@ making+=($!)
 several=$("$python" -c 'import os, xdist; print(f"-n {min(os.cpu_count() or 1, 12)}")' 2>/dev/null)
 failed=0
 # shellcheck disable=SC2086
-timeout -s INT -k 10 "$for_tests" "$python" -m pytest -q -p no:cacheprovider -W default \
+timeout -s INT -k 25 "$for_tests" "$python" -m pytest -q -p no:cacheprovider -W default \
     --continue-on-collection-errors $several -k "not arch and not amd" \
     tests/test_kernel_*.py tests/test_ops*.py tests/test_ring.py tests/test_device_packing.py \
     tests/test_merge_device.py ||
