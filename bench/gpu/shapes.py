@@ -17,8 +17,8 @@ _TILES = ((1, 2), (1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8))
 _FEW = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4), (4, 8))
 #: Groups a program, entries at once, warps a program.
 _CUTS = (
-    (1, 128, 1), (1, 128, 4), (2, 256, 2), (4, 256, 2), (4, 512, 2), (4, 512, 4), (8, 512, 4),
-    (8, 1024, 2), (8, 1024, 4), (8, 1024, 8),
+    (1, 64, 1), (1, 64, 2), (1, 128, 1), (1, 128, 2), (1, 128, 4), (2, 128, 2), (2, 256, 2),
+    (2, 256, 4), (4, 256, 4),
 )  # fmt: skip
 
 
@@ -26,12 +26,14 @@ def shapes(bench: Bench) -> None:
     """Reconstruction, encoders, a sparse switch, counts, unpacking and the residual."""
     for dtype in (torch.bfloat16, torch.float32):
         for n in bench.sizes(30):
-            _reconstruction(bench, n, dtype)
-            _encoding(bench, n, dtype)
             _switching(bench, n, dtype)
-            _residual(bench, n, dtype)
+            _encoding(bench, n, dtype)
     for n in bench.sizes(30):
         _planes(bench, n)
+    for dtype in (torch.bfloat16, torch.float32):
+        for n in bench.sizes(30):
+            _reconstruction(bench, n, dtype)
+            _residual(bench, n, dtype)
 
 
 def _compare(
@@ -81,7 +83,7 @@ def _encoding(bench: Bench, n: int, dtype: torch.dtype) -> None:
         runs = {f"1x{warps}": partial(tall, warps=warps) for warps in (1, 2, 4)}
         moved = 3 * base.nbytes + plane.nbytes
         _compare(bench, "encode_tall", runs, moved, dtype=short(dtype), sums=sums is not None)
-    for count, warps in ((1, (1, 2, 4)), (4, (2, 4, 8))):
+    for count, warps in ((1, (1, 2, 4)), (2, (1, 2, 4)), (4, (2, 4))):
         table = bench.floats(1 << count, torch.float32, 0.01).view(1, -1)
         planes = bench.bits(count, -(-n // 8))
         for level_sums in (None, LevelSums.empty(blocks, count, bench.device)):
@@ -99,7 +101,8 @@ def _encoding(bench: Bench, n: int, dtype: torch.dtype) -> None:
 
 def _switching(bench: Bench, n: int, dtype: torch.dtype) -> None:
     """Between two codes of 2 % each; bytes are those of the weights and entries, not of sectors."""
-    from tallstore.kernels.sparse import Cut, switch
+    from tallstore.kernels.entries import Cut
+    from tallstore.kernels.sectors import switch
     from tallstore.ops import compress_planes
 
     base = bench.floats(n, dtype)
@@ -139,7 +142,7 @@ def _planes(bench: Bench, n: int) -> None:
         ("histogram", partial(use_histogram, masks, uses, stop=n), masks.nbytes),
         ("overlaps", partial(overlaps, masks, of_tasks, stop=n), masks.nbytes),
     ):
-        _compare(bench, kernel, _shaped(run, ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4))), moved)
+        _compare(bench, kernel, _shaped(run, ((1, 4), (4, 4), (8, 4), (16, 4), (32, 8))), moved)
 
 
 def draw_sparse(bench: Bench, n: int, density: float) -> torch.Tensor:
