@@ -18,7 +18,7 @@ from tallstore.fitting import Magnitudes, gain_factor
 from tallstore.packing.drafting import dense_draft, moving, sparse_draft
 from tallstore.packing.drafts import Draft
 
-__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice"]
+__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice", "sparse_choice"]
 
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2, 0.3,
@@ -55,18 +55,20 @@ def entropy(shares: Sequence[float]) -> float:
 
 def choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     """The ways to code a tensor that moved, the cheapest first."""
-    made = []
-    for density in _DENSITIES:
-        draft = sparse_draft(segment, found, density)
-        count, total = found.touched(draft.cut)
-        share = count / found.weights
-        bits = found.weights * (entropy((share, 1 - share)) + share)
-        made.append(_choice(draft, found, total, count, bits, gain))
+    made = [sparse_choice(sparse_draft(segment, found, d), found, gain) for d in _DENSITIES]
     for width in _BITS:
         dense = dense_draft(segment, found, width)
         if dense is not None:
             made.append(dense_choice(dense, found, gain))
     return sorted((c for c in made if c is not None), key=lambda choice: choice.bits)
+
+
+def sparse_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
+    """What sparse signs cost and leave; None where the gain is undefined."""
+    count, total = found.touched(draft.cut)
+    share = count / found.weights
+    bits = found.weights * (entropy((share, 1 - share)) + share)
+    return _choice(draft, found, total, count, bits, gain)
 
 
 def dense_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
