@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -87,7 +88,6 @@ def _resident() -> int:
 
 
 def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: Path) -> None:
-    signal.alarm(_SECONDS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
     path = folder / "zoo.tall"
@@ -134,6 +134,33 @@ def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
         os._exit(status)
 
 
+class _Watch:
+    """Waits for judgements, and kills those that hang.
+
+    Time is counted in ticks that are waited for: while this process is stopped, none pass.
+    """
+
+    def __init__(self) -> None:
+        self._ticks: dict[int, int] = {}
+        self._handles: dict[int, int] = {}
+
+    def start(self, pid: int) -> None:
+        self._ticks[pid] = 0
+        self._handles[os.pidfd_open(pid)] = pid
+
+    def wait(self) -> tuple[int, int, resource.struct_rusage]:
+        """What `os.wait4` says of the next judgement that ends."""
+        while not (ended := select.select(self._handles, (), (), 1.0)[0]):
+            for pid in self._ticks:
+                self._ticks[pid] += 1
+                if self._ticks[pid] == _SECONDS:
+                    os.kill(pid, signal.SIGALRM)
+        os.close(ended[0])
+        pid = self._handles.pop(ended[0])
+        del self._ticks[pid]
+        return os.wait4(pid, 0)
+
+
 class _Tally:
     def __init__(self) -> None:
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
@@ -159,6 +186,7 @@ class _Tally:
 def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _Tally:
     tally = _Tally()
     running: dict[int, tuple[str, str, str, int, Path]] = {}
+    watch = _Watch()
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
     resident = _resident()
@@ -169,9 +197,10 @@ def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _T
             place = free.pop()
             pid, kind, how = _start(victim, seed, place)
             running[pid] = (victim.name, kind, how, seed, place)
+            watch.start(pid)
         if not running:
             return tally
-        pid, status, usage = os.wait4(-1, 0)
+        pid, status, usage = watch.wait()
         name, kind, how, seed, place = running.pop(pid)
         grown = (usage.ru_maxrss * 1024 - resident) / 1e6
         tally.add(name, kind, how, seed, place, (status, grown))
