@@ -232,12 +232,13 @@ def _check_base(path: Path, catalog: Catalog, damage: Damage | None) -> None:
         return
     if "document" in damage.roles:
         gone = "its document, without which nothing in the store can be told apart"
+        left = ""
     else:
         gone = f"{len(damage.tensors)} of its tensors ({_some(damage.tensors)})"
+        left = "; the tensors that are not named here still load (names=)"
     raise CorruptStoreError(
         f"{path}: the base is damaged: {gone}. Every task hangs on it, so no store can be made of "
-        "what is left; the tensors that are not named here still load (names=). Restore the store "
-        "from a copy"
+        f"what is left{left}. Restore the store from a copy"
     )
 
 

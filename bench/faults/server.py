@@ -6,6 +6,7 @@ threads when it forks, and never opens a store itself.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -55,7 +56,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     place, name = Path(request["place"]), request["operation"]
     if request["do"] == "template":
         make_template(place)
-        return {}
+        return {"modules": [name for name in sys.modules if name.startswith("tallstore.")]}
     if request["do"] == "check":
         template = Path(request["template"])
         return {"new": check(place, template, name, finished=request["finished"])}
@@ -125,7 +126,11 @@ def main() -> None:
     """Answer until there are no more requests."""
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(_serve(json.loads(line))), flush=True)
+        answer = _serve(json.loads(line))
+        # What the template needed, later children have: else they would mostly be killed importing.
+        for module in answer.pop("modules", ()):
+            importlib.import_module(module)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
