@@ -100,10 +100,10 @@ def repair_store(
     StoreLockedError
         Others have the store open; nothing was changed.
     """
-    if out is not None and os.path.lexists(out):
-        raise StoreExistsError(f"{out}: there already; name another place (--out)")
     if out == path:
         raise OptionError(f"{out}: the damaged store itself; leave out= away to replace it")
+    if out is not None and os.path.lexists(out):
+        raise StoreExistsError(f"{out}: there already; name another place (--out)")
     place = path if out is None else out
     with WriterLock(path, timeout=timeout), lmdb_errors(path, doing="repair"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
