@@ -1,7 +1,8 @@
 """Damage stores in many ways; see what comes of each.
 
 ``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
-judged in a process of its own, with a limit on its address space and on its time. Two stores are
+judged in a process of its own, with a limit on its address space and on its time. No two runs make
+quite the same stores: what must be 0 and is not is kept, for ``--only SEED --file FILE``. Two stores are
 damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
 repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk).
 
@@ -30,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,15 +115,14 @@ def _outcome(status: int, grown: float, answer: Path) -> tuple[str, str, dict[st
     return "harmless", "", verdict
 
 
-def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
-    """Fork a judgement; (its process, the kind of damage, what was done)."""
-    mutation = mutate(victim, seed)
+def _start(victim: Victim, mutation: Mutation, seed: int, place: Path) -> int:
+    """Fork a judgement; its process."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     (place / "store").mkdir()
     pid = os.fork()
     if pid:
-        return pid, mutation.kind, mutation.how
+        return pid
     status = 1
     try:
         with (place / "errors").open("w") as errors:
@@ -161,14 +162,22 @@ class _Watch:
         return os.wait4(pid, 0)
 
 
+@dataclass(frozen=True)
+class _Running:
+    victim: str
+    mutation: Mutation
+    seed: int
+    place: Path
+
+
 class _Tally:
     def __init__(self) -> None:
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         self.bad: list[dict[str, Any]] = []
         self.peak = 0.0
 
-    def add(self, name: str, kind: str, how: str, seed: int, place: Path, done: Any) -> None:
-        status, grown = done
+    def add(self, run: _Running, status: int, grown: float) -> None:
+        kind, how, place = run.mutation.kind, run.mutation.how, run.place
         outcome, why, verdict = _outcome(status, grown, place / "answer")
         row = self.by_kind[kind]
         row["tried"] += 1
@@ -179,13 +188,19 @@ class _Tally:
         self.peak = max(self.peak, grown)
         if outcome in ("silent", "crashed"):
             text = (place / "errors").read_text()[-3000:]
+            name, seed = run.victim, run.seed
             self.bad.append({"seed": seed, "store": name, "kind": kind, "how": how, "why": why})
-            print(f"{outcome}: seed {seed}, {name}, {kind}: {how}: {why}\n{text}", flush=True)
+            kept = Path(tempfile.gettempdir()) / f"mutation-{seed}.tall"
+            kept.write_bytes(run.mutation.data)
+            what = f"{outcome}: seed {seed}, {name} ({kept}), {kind}: {how}: {why}"
+            print(f"{what}\n{text}", flush=True)
 
 
-def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _Tally:
+def _run(
+    seeds: list[int], victims: list[Victim], folder: Path, *, jobs: int, file: Path | None
+) -> _Tally:
     tally = _Tally()
-    running: dict[int, tuple[str, str, str, int, Path]] = {}
+    running: dict[int, _Running] = {}
     watch = _Watch()
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
@@ -195,16 +210,18 @@ def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _T
             # Two thirds of the mutations go to the store with tasks in it.
             victim = victims[seed % 3 == 0]
             place = free.pop()
-            pid, kind, how = _start(victim, seed, place)
-            running[pid] = (victim.name, kind, how, seed, place)
+            mutation = mutate(victim, seed)
+            if file is not None:
+                mutation = replace(mutation, data=file.read_bytes())
+            pid = _start(victim, mutation, seed, place)
+            running[pid] = _Running(victim.name, mutation, seed, place)
             watch.start(pid)
         if not running:
             return tally
         pid, status, usage = watch.wait()
-        name, kind, how, seed, place = running.pop(pid)
-        grown = (usage.ru_maxrss * 1024 - resident) / 1e6
-        tally.add(name, kind, how, seed, place, (status, grown))
-        free.append(place)
+        run = running.pop(pid)
+        tally.add(run, status, (usage.ru_maxrss * 1024 - resident) / 1e6)
+        free.append(run.place)
 
 
 def main() -> int:
@@ -214,6 +231,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="judge this one seed")
+    parser.add_argument("--file", type=Path, help="the damaged store to judge, with --only")
     parser.add_argument("--results", type=Path, help="a directory to write the rows to")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -225,7 +243,7 @@ def main() -> int:
         seeds = (
             [args.only] if args.only is not None else list(range(args.seed, args.seed + args.count))
         )
-        tally = _run(seeds, victims, folder, args.jobs)
+        tally = _run(seeds, victims, folder, jobs=args.jobs, file=args.file)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)
