@@ -1,10 +1,10 @@
 """Damage stores in many ways; see what comes of each.
 
 ``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
-judged in a process of its own, with a limit on its address space and on its time. No two runs make
-quite the same stores: what must be 0 and is not is kept, for ``--only SEED --file FILE``. Two stores are
+judged in a process of its own, with a limit on its address space and on its time. Two stores are
 damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
-repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk).
+repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk). No two
+runs make quite the same stores: what should not be is kept, for ``--only SEED --file FILE``.
 
 - *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
 - *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
