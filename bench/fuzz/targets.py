@@ -1,7 +1,7 @@
 """What is fuzzed: each target takes any bytes, and may only refuse them with a TallstoreError.
 
-Shared by the coverage-guided runs (`python -m bench.fuzz`) and by the regression test that plays
-back every input that was ever found to do harm (tests/attacks).
+Shared by the coverage-guided runs (`python -m bench.fuzz`) and by tests/test_fuzz.py, a handful
+of the same.
 """
 
 from __future__ import annotations
