@@ -43,21 +43,69 @@ def test_a_task_without_its_exact_tier_is_lossy_now(stored: Stored) -> None:
     assert found.keys() == stored.tasks["one"].keys()
 
 
-def test_a_task_without_its_codes_is_lost(stored: Stored) -> None:
-    _hit(stored, lambda store: store.describe("one").task.codes[0].planes)
+#: The codes that there are, and a stream of each.
+CODES: dict[str, dict[str, Any]] = {
+    "tall": {},
+    "signs": {"code": "signs", "density": 0.1},
+    "seeded": {"code": "seeded"},
+    "levels": {"code": "levels", "bits": 3},
+    "levels over shared": {"code": "levels", "over": "shared"},
+    "auto": {"code": "auto"},
+}
+
+
+def _codes(store: Any) -> int:
+    code = store.describe("one").task.codes[0]
+    return next(n for n in (code.planes, code.sparse, code.seeded) if n is not None)
+
+
+@pytest.mark.parametrize("options", CODES.values(), ids=CODES)
+def test_a_task_without_its_codes_is_as_it_was_or_lost(
+    stored: Stored, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """It is lost where there was nothing but codes."""
+    tallstore.pack(stored.path, stored.base, stored.tasks, exact=True, overwrite=True, **options)
+    _hit(stored, _codes)
+    done = repair_store(stored.path)
+    assert done.bare == ("one",) and done.whole == ("two",) and not done.lost and not done.ok
+    stored.path.with_name("zoo.tall.damaged").unlink()
+    stored.check()
+    with tallstore.open(stored.path) as store:
+        assert store.tasks["one"].code == "none" and store.tasks["two"].code != "none"
+        assert_same(store.load("one", fidelity="exact"), stored.tasks["one"])
+
+    tallstore.pack(stored.path, stored.base, stored.tasks, overwrite=True, **options)
+    before = tallstore.load(stored.path, task="two")
+    _hit(stored, _codes)
     done = repair_store(stored.path)
     assert set(done.lost) == {"one"} and done.lost["one"].tensors and done.whole == ("two",)
     with tallstore.open(stored.path) as store:
         assert list(store.tasks) == ["two"] and store.verify().ok
         assert_same(store.load(), stored.base)
-        assert_same(store.load("two"), stored.tasks["two"])
+        assert_same(store.load("two"), before)
 
 
-def test_without_its_shared_vector_no_task_of_masks_is_left(stored: Stored) -> None:
+def test_a_task_without_codes_and_exact_tier_is_lost(stored: Stored) -> None:
+    _hit(stored, _codes)
+    _hit(stored, lambda store: store.describe("one").task.codes[0].exact)
+    done = repair_store(stored.path)
+    assert done.lost["one"].roles == {"planes", "residual"} and done.whole == ("two",)
+    with tallstore.open(stored.path) as store:
+        assert list(store.tasks) == ["two"] and store.verify().ok
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_without_its_shared_vector_no_mask_is_left(stored: Stored, exact: bool) -> None:
+    tallstore.pack(stored.path, stored.base, stored.tasks, exact=exact, overwrite=True)
     _hit(stored, lambda store: store.vector.streams[0])
     done = repair_store(stored.path)
-    assert set(done.lost) == {"one", "two"} and not done.whole
-    assert_same(tallstore.load(stored.path), stored.base)
+    assert done.bare == (("one", "two") if exact else ()) and not done.whole
+    assert set(done.lost) == (set() if exact else {"one", "two"})
+    with tallstore.open(stored.path) as store:
+        assert store.verify().ok and store.vector is None
+        assert_same(store.load(), stored.base)
+        for name in done.bare:
+            assert_same(store.load(name), stored.tasks[name])
 
 
 @pytest.mark.parametrize(
