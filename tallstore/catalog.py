@@ -179,6 +179,12 @@ class TaskRecord:
         return self.parameters is None
 
     @property
+    def kept_as(self) -> str:
+        """``"masks"``, ``"signs"``, ``"exact"``, or two of them."""
+        words = {"none": [], "tall": ["masks"]}.get(self.code, [self.code])
+        return " + ".join(words + ["exact"] * self.exact) or self.code
+
+    @property
     def uses_vector(self) -> bool:
         """Whether loading it takes the shared vector, but for its exact tier."""
         return self.code == "tall" or self.shared

@@ -19,7 +19,7 @@ from tallstore.fitting import Magnitudes, gain_factor
 from tallstore.packing.drafting import dense_draft, moving, sparse_draft
 from tallstore.packing.drafts import Draft
 
-__all__ = ["Allotment", "Choice", "Offers", "choices"]
+__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice"]
 
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2, 0.3,
@@ -66,16 +66,21 @@ def choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     for width in _BITS:
         dense = dense_draft(segment, found, width)
         if dense is not None:
-            levels = np.asarray(dense.magnitudes)
-            there = found.count > 0
-            center = found.product[there] / np.maximum(found.weight[there], 1e-300)
-            group = np.searchsorted((levels[1:] + levels[:-1]) / 2, center)
-            shares = np.bincount(group, found.count[there], levels.size) / found.weights
-            projection = float((levels[group] * found.product[there]).sum())
-            norm = float((levels[group] ** 2 * found.weight[there]).sum())
-            bits = found.weights * (entropy(shares.tolist()) + 1)
-            made.append(_choice(dense, found, projection, norm, bits, gain))
+            made.append(dense_choice(dense, found, gain))
     return sorted((c for c in made if c is not None), key=lambda choice: choice.bits)
+
+
+def dense_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
+    """What dense levels cost and leave; None where the gain is undefined."""
+    levels = np.asarray(draft.magnitudes)
+    there = found.count > 0
+    center = found.product[there] / np.maximum(found.weight[there], 1e-300)
+    group = np.searchsorted((levels[1:] + levels[:-1]) / 2, center)
+    shares = np.bincount(group, found.count[there], levels.size) / found.weights
+    projection = float((levels[group] * found.product[there]).sum())
+    norm = float((levels[group] ** 2 * found.weight[there]).sum())
+    bits = found.weights * (entropy(shares.tolist()) + 1)
+    return _choice(draft, found, projection, norm, bits, gain)
 
 
 def _choice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -133,6 +133,7 @@ def pack_zoo(
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
+    locked: bool = False,
     before_publishing: Callable[[], None] | None = None,
 ) -> list[str]:
     """Write a new store from a base and its fine-tunes; see `tallstore.pack`.
@@ -143,6 +144,8 @@ def pack_zoo(
         How tasks are coded; TALL masks if None.
     external
         Refer to the base there, which `base` reads, in place of writing its elements.
+    locked
+        Whether the caller has the lock of writers to `path`.
     before_publishing
         Called once all is written, before the file takes its place.
 
@@ -167,7 +170,7 @@ def pack_zoo(
         )
     masks = masks_on(on)
     candidates = _candidates(base, tasks)
-    with WriterLock(path, timeout=timeout):
+    with nullcontext() if locked else WriterLock(path, timeout=timeout):
         if path.exists() and not overwrite:
             raise StoreExistsError(f"{path}: there already; remove it, or pack to another path")
         new = NewFile(path)

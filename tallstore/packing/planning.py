@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -15,7 +15,7 @@ from tallstore.documents import BaseDocument
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
-from tallstore.packing.allotting import Offers
+from tallstore.packing.allotting import Offers, dense_choice
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.drafting import fixed_drafts
 from tallstore.packing.drafts import Draft
@@ -93,39 +93,75 @@ class Planner:
             A budget cannot be met; the message says what can.
         """
         options = self._options
-        found = survey_candidate(
-            candidate,
-            self._read,
-            shared=options.shared,
-            workers=self._workers,
-            progress=self._stage("survey", candidate),
-        )
-
-        def made(drafts: Mapping[int, Draft], *, exact: bool = exact) -> Target:
-            return Target(
-                candidate=candidate,
-                exact=exact,
-                drafts=drafts,
-                shared=options.shared,
-                gain=options.gain,
-                seed=options.seed,
-                code=options.code,
-                parameters=options.record(),
-            )
-
+        found = self.survey(candidate)
         if options.keep is not None and trial is not None:
-            return self._keeping(candidate, Offers(found, options.gain), made, trial)
-        target = made(self._drafts(candidate, found))
+            return self._keeping(candidate, found, trial)
+        target = self.made(candidate, found, options, exact=exact)
         if trial is not None:
             score = trial.score(target, options.code)
             target = replace(target, score=score if math.isfinite(score) else None)
         return target, []
 
+    def survey(self, candidate: Candidate) -> Mapping[int, Magnitudes]:
+        """A histogram of each tensor; see `survey_candidate`."""
+        return survey_candidate(
+            candidate,
+            self._read,
+            shared=self._options.shared,
+            workers=self._workers,
+            progress=self._stage("survey", candidate),
+        )
+
+    def made(
+        self,
+        candidate: Candidate,
+        found: Mapping[int, Magnitudes],
+        options: CodeOptions,
+        *,
+        exact: bool,
+    ) -> Target:
+        """The target of a surveyed checkpoint.
+
+        Raises
+        ------
+        OptionError
+            A budget cannot be met.
+        """
+        return self._target(candidate, self._drafts(candidate, found, options), options, exact)
+
+    def relative_error(self, target: Target, found: Mapping[int, Magnitudes]) -> float:
+        """What dense codes are going to err by, relative to the task vector."""
+        error = moved = 0.0
+        for segment, draft in (target.drafts or {}).items():
+            choice = dense_choice(draft, found[segment], target.gain)
+            moved += found[segment].moved
+            error += found[segment].moved if choice is None else choice.error
+        return math.sqrt(error / moved) if moved else 0.0
+
+    def _target(
+        self,
+        candidate: Candidate,
+        drafts: Mapping[int, Draft],
+        options: CodeOptions,
+        exact: bool,
+    ) -> Target:
+        return Target(
+            candidate=candidate,
+            exact=exact,
+            drafts=drafts,
+            shared=options.shared,
+            gain=options.gain,
+            seed=options.seed,
+            code=options.code,
+            parameters=options.record(),
+        )
+
     def _keeping(
-        self, candidate: Candidate, offers: Offers, made: Callable[..., Target], trial: Trial
+        self, candidate: Candidate, found: Mapping[int, Magnitudes], trial: Trial
     ) -> tuple[Target, list[str]]:
         """The fewest bits of a ladder whose weights score well enough; else the exact tier."""
-        share = self._options.keep or 1.0
+        options, offers = self._options, Offers(found, self._options.gain)
+        share = options.keep or 1.0
         whole = trial.original(candidate)
         if not (math.isfinite(whole) and whole > 0):
             raise OptionError(
@@ -138,23 +174,24 @@ class Planner:
             allotted = offers.within(bits)
             if allotted is None:
                 continue
-            target = made(allotted.drafts)
+            target = self._target(candidate, allotted.drafts, options, False)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
                 return replace(target, score=score), []
         if target is None:
-            return made({}, exact=True), []
+            return self._target(candidate, {}, options, True), []
         note = (
             f"{candidate.name}: {_LADDER[-1]} bits a weight score {score:.4g}, and {share:g} of "
             f"the original's {whole:.4g} was asked for: the exact tier is kept too"
         )
-        return replace(made(target.drafts or {}, exact=True), score=whole), [note]
+        return replace(target, exact=True, score=whole), [note]
 
     def _stage(self, name: str, candidate: Candidate) -> Progress:
         return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
 
-    def _drafts(self, candidate: Candidate, found: Mapping[int, Magnitudes]) -> Mapping[int, Draft]:
-        options = self._options
+    def _drafts(
+        self, candidate: Candidate, found: Mapping[int, Magnitudes], options: CodeOptions
+    ) -> Mapping[int, Draft]:
 
         def values(strides: Mapping[int, int]) -> Mapping[int, Magnitudes]:
             return survey_values(
