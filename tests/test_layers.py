@@ -59,6 +59,7 @@ LAYERS: list[set[str]] = [
         "ring",
         "mask_statistics",
         "masks",
+        "mending",
         "externalbase",
         "mergestream",
         "opening",

@@ -188,6 +188,7 @@ def make_template(folder: Path) -> None:
         store.unpack(None, folder / "wanted" / "out", max_shard_size=20_000)
     tallstore.merge(path, folder / "wanted" / "merged.safetensors", tasks=["t0", "t2"])
     (folder / "wanted" / "before").write_bytes(b"what was there before")
+    _demand(_same(content(path), _OLD), "the template is not what it should be")
 
 
 def prepare(template: Path, place: Path, name: str) -> None:

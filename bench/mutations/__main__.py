@@ -3,7 +3,8 @@
 ``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
 judged in a process of its own, with a limit on its address space and on its time. Two stores are
 damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
-repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk).
+repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk). No two
+runs make quite the same stores: what should not be is kept, for ``--only SEED --file FILE``.
 
 - *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
 - *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
@@ -22,6 +23,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -29,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,7 +90,6 @@ def _resident() -> int:
 
 
 def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: Path) -> None:
-    signal.alarm(_SECONDS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
     path = folder / "zoo.tall"
@@ -113,15 +115,14 @@ def _outcome(status: int, grown: float, answer: Path) -> tuple[str, str, dict[st
     return "harmless", "", verdict
 
 
-def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
-    """Fork a judgement; (its process, the kind of damage, what was done)."""
-    mutation = mutate(victim, seed)
+def _start(victim: Victim, mutation: Mutation, seed: int, place: Path) -> int:
+    """Fork a judgement; its process."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     (place / "store").mkdir()
     pid = os.fork()
     if pid:
-        return pid, mutation.kind, mutation.how
+        return pid
     status = 1
     try:
         with (place / "errors").open("w") as errors:
@@ -134,14 +135,49 @@ def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
         os._exit(status)
 
 
+class _Watch:
+    """Waits for judgements, and kills those that hang.
+
+    Time is counted in ticks that are waited for: while this process is stopped, none pass.
+    """
+
+    def __init__(self) -> None:
+        self._ticks: dict[int, int] = {}
+        self._handles: dict[int, int] = {}
+
+    def start(self, pid: int) -> None:
+        self._ticks[pid] = 0
+        self._handles[os.pidfd_open(pid)] = pid
+
+    def wait(self) -> tuple[int, int, resource.struct_rusage]:
+        """What `os.wait4` says of the next judgement that ends."""
+        while not (ended := select.select(self._handles, (), (), 1.0)[0]):
+            for pid in self._ticks:
+                self._ticks[pid] += 1
+                if self._ticks[pid] == _SECONDS:
+                    os.kill(pid, signal.SIGALRM)
+        os.close(ended[0])
+        pid = self._handles.pop(ended[0])
+        del self._ticks[pid]
+        return os.wait4(pid, 0)
+
+
+@dataclass(frozen=True)
+class _Running:
+    victim: str
+    mutation: Mutation
+    seed: int
+    place: Path
+
+
 class _Tally:
     def __init__(self) -> None:
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         self.bad: list[dict[str, Any]] = []
         self.peak = 0.0
 
-    def add(self, name: str, kind: str, how: str, seed: int, place: Path, done: Any) -> None:
-        status, grown = done
+    def add(self, run: _Running, status: int, grown: float) -> None:
+        kind, how, place = run.mutation.kind, run.mutation.how, run.place
         outcome, why, verdict = _outcome(status, grown, place / "answer")
         row = self.by_kind[kind]
         row["tried"] += 1
@@ -152,13 +188,20 @@ class _Tally:
         self.peak = max(self.peak, grown)
         if outcome in ("silent", "crashed"):
             text = (place / "errors").read_text()[-3000:]
+            name, seed = run.victim, run.seed
             self.bad.append({"seed": seed, "store": name, "kind": kind, "how": how, "why": why})
-            print(f"{outcome}: seed {seed}, {name}, {kind}: {how}: {why}\n{text}", flush=True)
+            kept = Path(tempfile.gettempdir()) / f"mutation-{seed}.tall"
+            kept.write_bytes(run.mutation.data)
+            what = f"{outcome}: seed {seed}, {name} ({kept}), {kind}: {how}: {why}"
+            print(f"{what}\n{text}", flush=True)
 
 
-def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _Tally:
+def _run(
+    seeds: list[int], victims: list[Victim], folder: Path, *, jobs: int, file: Path | None
+) -> _Tally:
     tally = _Tally()
-    running: dict[int, tuple[str, str, str, int, Path]] = {}
+    running: dict[int, _Running] = {}
+    watch = _Watch()
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
     resident = _resident()
@@ -167,15 +210,18 @@ def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _T
             # Two thirds of the mutations go to the store with tasks in it.
             victim = victims[seed % 3 == 0]
             place = free.pop()
-            pid, kind, how = _start(victim, seed, place)
-            running[pid] = (victim.name, kind, how, seed, place)
+            mutation = mutate(victim, seed)
+            if file is not None:
+                mutation = replace(mutation, data=file.read_bytes())
+            pid = _start(victim, mutation, seed, place)
+            running[pid] = _Running(victim.name, mutation, seed, place)
+            watch.start(pid)
         if not running:
             return tally
-        pid, status, usage = os.wait4(-1, 0)
-        name, kind, how, seed, place = running.pop(pid)
-        grown = (usage.ru_maxrss * 1024 - resident) / 1e6
-        tally.add(name, kind, how, seed, place, (status, grown))
-        free.append(place)
+        pid, status, usage = watch.wait()
+        run = running.pop(pid)
+        tally.add(run, status, (usage.ru_maxrss * 1024 - resident) / 1e6)
+        free.append(run.place)
 
 
 def main() -> int:
@@ -185,6 +231,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="judge this one seed")
+    parser.add_argument("--file", type=Path, help="the damaged store to judge, with --only")
     parser.add_argument("--results", type=Path, help="a directory to write the rows to")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,7 +243,7 @@ def main() -> int:
         seeds = (
             [args.only] if args.only is not None else list(range(args.seed, args.seed + args.count))
         )
-        tally = _run(seeds, victims, folder, args.jobs)
+        tally = _run(seeds, victims, folder, jobs=args.jobs, file=args.file)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)

@@ -26,7 +26,8 @@ __all__ = ["Verdict", "judge_deep", "judge_zoo"]
 #: What a refusal must name.
 _NAMED: Final = re.compile(
     r"page \d+|meta page|run of pages|free pages|stream \d+|manifest|truncated|no LMDB magic|"
-    r"not a tallstore|both meta pages|LMDB data version|format version|other byte order"
+    r"not a tallstore|both meta pages|LMDB data version|format version|other byte order|"
+    r"cut off after \d+ bytes|base is damaged: (\d+ of its tensors \('|its document)"
 )
 
 
