@@ -61,11 +61,16 @@ class ByteModel(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, text: Tensor) -> Tensor:
-        """Give the mean loss, in nats a byte, over texts [batch, length + 1] of bytes."""
-        given, wanted = text[:, :-1].long(), text[:, 1:].long()
-        x = self.tokens(given) + self.positions.weight[: given.shape[1]]
+    def forward(self, given: Tensor) -> Tensor:
+        """Give the logits of each next byte after texts [batch, length]."""
+        x = self.tokens(given.long()) + self.positions.weight[: given.shape[1]]
         for layer in self.layers:
             x = layer(x)
-        logits = self.head(self.norm(x)).float()
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        logits: Tensor = self.head(self.norm(x)).float()
+        return logits
+
+    def losses(self, text: Tensor) -> Tensor:
+        """Give the mean loss, in nats a byte, of each of texts [batch, length + 1]."""
+        logits = self(text[:, :-1])
+        each = F.cross_entropy(logits.transpose(1, 2), text[:, 1:].long(), reduction="none")
+        return each.mean(1)

@@ -44,6 +44,7 @@ from bench.zoos.training import fit, trained
 TASKS: Final = tuple(name for name in corpora.SOURCES if name != corpora.BASE)
 SHAPE: Final = Shape(width=256, layers=4, heads=8, context=256)
 EVALUATION_BATCH: Final = 16
+TEST_WINDOWS: Final = 128
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,15 @@ def _evaluator() -> ByteModel:
     return ByteModel(SHAPE).eval()
 
 
-def evaluate(
+def scores(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> float:
-    """Return the loss of a model on a source, in nats a byte.
+) -> Tensor:
+    """Return the loss of a model on each piece of a text, in nats a byte: float32 [windows].
 
     Parameters
     ----------
@@ -113,11 +114,20 @@ def evaluate(
     windows = _corpus(task, root_of(cache)).windows(split, SHAPE.context + 1, limit)
     model = _evaluator()
     model.load_state_dict(state_dict, strict=True)
-    total = 0.0
     with torch.inference_mode():
-        for batch in torch.split(windows, EVALUATION_BATCH):
-            total += float(model(batch)) * len(batch)
-    return total / len(windows)
+        return torch.cat([model.losses(b) for b in torch.split(windows, EVALUATION_BATCH)])
+
+
+def evaluate(
+    task: str,
+    state_dict: Mapping[str, Tensor],
+    *,
+    split: Literal["validation", "test"] = "test",
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> float:
+    """Return the loss of a model on a source, in nats a byte: the mean of ``scores``."""
+    return float(scores(task, state_dict, split=split, cache=cache, limit=limit).mean())
 
 
 def _train(settings: Settings, start: Mapping[str, Tensor] | None, root: Path) -> dict[str, Tensor]:
@@ -136,8 +146,8 @@ def _train(settings: Settings, start: Mapping[str, Tensor] | None, root: Path) -
     def loss(at: Tensor) -> Tensor:
         windows = text[at[:, None] + torch.arange(length)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found: Tensor = model(windows)
-        return found
+            found: Tensor = model.losses(windows)
+        return found.mean()
 
     fit(
         model,
@@ -160,9 +170,9 @@ def _ensure(settings: Settings, target: Path, base: Path | None, root: Path) -> 
     with threads(settings.threads):
         state = _train(settings, start, root)
     figures: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1)}
-    figures["test_loss"] = evaluate(settings.source, state, cache=root)
+    figures["test_loss"] = evaluate(settings.source, state, cache=root, limit=TEST_WINDOWS)
     if start is not None:
-        figures["base_test_loss"] = evaluate(settings.source, start, cache=root)
+        figures["base_test_loss"] = evaluate(settings.source, start, cache=root, limit=TEST_WINDOWS)
         figures["distance"] = distance(state, start)
     with publish(target) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

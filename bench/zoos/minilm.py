@@ -129,15 +129,15 @@ def _evaluator(classes: int, root: Path) -> Classifier:
     return _model(classes, root).eval()
 
 
-def evaluate(
+def scores(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> float:
-    """Return the accuracy of a task's model.
+) -> Tensor:
+    """Tell for each text whether a task's model gives it its own class: float32 [texts], 0 or 1.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ def evaluate(
 
     Returns
     -------
-    float
-        The share of texts given their own class, in [0, 1].
+    Tensor
+        In an order that depends on the split and the limit alone.
     """
     root = root_of(cache)
     data = _encoded(task, split, root)
@@ -164,12 +164,25 @@ def evaluate(
     model.load_state_dict(state_dict, strict=True)
     # By length, so that a batch is padded by little.
     order = sorted(range(len(data.ids))[:limit], key=lambda row: len(data.ids[row]))
-    right = 0
+    right = []
     with torch.inference_mode():
         for start in range(0, len(order), EVALUATION_BATCH):
             ids, mask, labels = data.batch(order[start : start + EVALUATION_BATCH])
-            right += int((model(ids, mask).argmax(1) == labels).sum())
-    return right / len(order)
+            right.append(model(ids, mask).argmax(1) == labels)
+    return torch.cat(right).float()
+
+
+def evaluate(
+    task: str,
+    state_dict: Mapping[str, Tensor],
+    *,
+    split: Literal["validation", "test"] = "test",
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> float:
+    """Return the accuracy of a task's model, in [0, 1]: the mean of ``scores``."""
+    found = scores(task, state_dict, split=split, cache=cache, limit=limit)
+    return int(found.sum()) / len(found)
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

@@ -48,9 +48,9 @@ class Settings:
     """All that a fine-tune depends on, besides the code and the library versions."""
 
     task: str
-    steps: int = 200
+    steps: int = 300
     batch: int = 32
-    encoder_rate: float = 5e-4
+    encoder_rate: float = 1e-3
     head_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -91,15 +91,15 @@ def _pixels(split: images.Split, rows: Sequence[int] | slice) -> Tensor:
     return chosen.to(memory_format=torch.channels_last)
 
 
-def evaluate(
+def scores(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> float:
-    """Return the accuracy of a task's model, in [0, 1].
+) -> Tensor:
+    """Tell for each image whether a task's model gives it its own class: float32 [images], 0 or 1.
 
     Parameters
     ----------
@@ -119,12 +119,25 @@ def evaluate(
     model = _evaluator(len(found.classes))
     model.load_state_dict(state_dict, strict=True)
     labels = data.labels[:limit]
-    right = 0
+    right = []
     with torch.inference_mode():
         for start in range(0, len(labels), EVALUATION_BATCH):
             rows = slice(start, min(start + EVALUATION_BATCH, len(labels)))
-            right += int((model(_pixels(data, rows)).argmax(1) == labels[rows]).sum())
-    return right / len(labels)
+            right.append(model(_pixels(data, rows)).argmax(1) == labels[rows])
+    return torch.cat(right).float()
+
+
+def evaluate(
+    task: str,
+    state_dict: Mapping[str, Tensor],
+    *,
+    split: Literal["validation", "test"] = "test",
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> float:
+    """Return the accuracy of a task's model, in [0, 1]: the mean of ``scores``."""
+    found = scores(task, state_dict, split=split, cache=cache, limit=limit)
+    return int(found.sum()) / len(found)
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
@@ -183,7 +196,14 @@ def _ensure(name: str, root: Path) -> Path:
         "test": len(task.test.labels),
         "test_accuracy": evaluate(settings.task, state, cache=root),
         "seconds": round(seconds, 1),
-        "distance": distance(state, load_file(base_model(root) / "model.safetensors")),
+        "distance": distance(
+            state,
+            {  # not the running statistics, which nothing moves and which are large
+                name: tensor
+                for name, tensor in load_file(base_model(root) / "model.safetensors").items()
+                if "running" not in name
+            },
+        ),
     }
     with publish(target) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
