@@ -98,7 +98,9 @@ def describe(
             f"{catalog.base.identity[:16]}...; restore the store from a copy"
         )
     data = _document(snapshot, record.document, what)
-    return Description(what, base, TaskDocument.from_bytes(data, base=base, what=what))
+    return Description(
+        what, base, TaskDocument.from_bytes(data, base=base, plain=record.plain, what=what)
+    )
 
 
 def read_base(snapshot: Snapshot, catalog: Catalog) -> BaseDocument:

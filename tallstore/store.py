@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from tallstore.checking import Verification
+    from tallstore.codes import SegmentStats
     from tallstore.describing import Description
-    from tallstore.documents import SegmentStats
     from tallstore.loading import Loader
     from tallstore.mask_statistics import MaskStatistics
     from tallstore.mergestream.grid import EvaluateMerge

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
+from tallstore.catalog import Catalog, TaskRecord, check_task_name
 from tallstore.describing import read_base
 from tallstore.documents import BaseDocument
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
@@ -35,7 +35,8 @@ from tallstore.packing.encodings import policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.pack import now
-from tallstore.packing.tasks import Target, encode_tasks
+from tallstore.packing.target import Target
+from tallstore.packing.tasks import encode_tasks
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
@@ -231,7 +232,7 @@ def append_tasks(
             )
             notes += [*source.notes, *plan.notes]
             candidate = Candidate(name, source, plan, base.layout)
-            targets.append(Target(candidate=candidate, tall_lambda=None, exact=True))
+            targets.append(Target(candidate=candidate, exact=True))
         total = sum(t.candidate.plan.coded for t in targets) * 4
         room = sum(_size(source) for source in tasks.values())
         with (
@@ -262,9 +263,7 @@ def replace_tasks(catalog: Catalog, records: Mapping[str, TaskRecord]) -> Catalo
 
 def _without_idle_vector(catalog: Catalog) -> Catalog:
     """Drop the shared vector once no task is coded over it."""
-    used = any(task.code == "tall" for task in catalog.tasks.values())
-    vector: VectorRecord | None = catalog.vector if used else None
-    return replace(catalog, vector=vector)
+    return replace(catalog, vector=catalog.used_vector())
 
 
 def remove_tasks(path: Path, names: Sequence[str], *, timeout: float) -> None:

@@ -13,15 +13,17 @@ import torch
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codes import TALL_LEVELS
 from tallstore.coding import CodeStats
-from tallstore.decoding import Decoder
+from tallstore.decoding import Decoder, predict
 from tallstore.documents import CODE, BaseDocument
-from tallstore.dtypes import is_codable, itemsize
+from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.objects import assemble, build_tensor
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks
+from tallstore.scratch import Scratch
 from tallstore.workers import Workers
 
 __all__ = ["DEFAULT_TALL_LAMBDA", "Evaluate", "check_lambdas", "choose_lambda"]
@@ -124,6 +126,8 @@ def _reconstruct(
         for span in range(base.layout.arenas[arena].spans)
     ]
 
+    levels = torch.tensor([TALL_LEVELS], dtype=torch.float32)
+    scratch = Scratch()
     stats: dict[int, CodeStats] = defaultdict(CodeStats)
     lock = threading.Lock()
 
@@ -140,8 +144,12 @@ def _reconstruct(
             for segment, sums in found:
                 stats[segment].add(sums)
         dtype = candidate.plan.dtypes[arena]
-        predicted = decoder.predict(arena, base_bytes, vector_bytes, planes, dtype)
-        count = base_bytes.size // itemsize(base.layout.arenas[arena].dtype)
+        base_dtype = base.layout.arenas[arena].dtype
+        count = base_bytes.size // itemsize(base_dtype)
+        predicted = np.empty(count * itemsize(dtype), np.uint8)
+        step = torch.from_numpy(vector_bytes).view(torch_dtype(vector.dtype))
+        rows = planes[None]
+        predict(base_bytes, base_dtype, rows, step, levels, None, predicted, dtype, scratch)
         _scatter(candidate, arena, place, count, predicted, memory)
 
     for _ in workers.each(rebuild, spans):
