@@ -88,7 +88,7 @@ def _evaluator() -> ByteModel:
     return ByteModel(SHAPE).eval()
 
 
-def scores(
+def losses(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
@@ -126,8 +126,8 @@ def evaluate(
     cache: Path | None = None,
     limit: int | None = None,
 ) -> float:
-    """Return the loss of a model on a source, in nats a byte: the mean of ``scores``."""
-    return float(scores(task, state_dict, split=split, cache=cache, limit=limit).mean())
+    """Return the loss of a model on a source, in nats a byte: the mean of ``losses``."""
+    return float(losses(task, state_dict, split=split, cache=cache, limit=limit).mean())
 
 
 def _train(settings: Settings, start: Mapping[str, Tensor] | None, root: Path) -> dict[str, Tensor]:

@@ -129,15 +129,16 @@ def _evaluator(classes: int, root: Path) -> Classifier:
     return _model(classes, root).eval()
 
 
-def scores(
+def predict(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> Tensor:
-    """Tell for each text whether a task's model gives it its own class: float32 [texts], 0 or 1.
+    bfloat16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Classify texts with a task's model.
 
     Parameters
     ----------
@@ -152,11 +153,15 @@ def scores(
         The zoo's cache directory.
     limit
         Classify the first so many texts of the split alone, which is in random order.
+    bfloat16
+        Multiply matrices in bfloat16, which is several times as fast on some processors and
+        gives about one text in a thousand another class.
 
     Returns
     -------
-    Tensor
-        In an order that depends on the split and the limit alone.
+    tuple
+        Log-probabilities, float32 [texts, classes], and classes [texts], in an order that
+        depends on the split and the limit alone.
     """
     root = root_of(cache)
     data = _encoded(task, split, root)
@@ -164,12 +169,13 @@ def scores(
     model.load_state_dict(state_dict, strict=True)
     # By length, so that a batch is padded by little.
     order = sorted(range(len(data.ids))[:limit], key=lambda row: len(data.ids[row]))
-    right = []
-    with torch.inference_mode():
+    found, classes = [], []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         for start in range(0, len(order), EVALUATION_BATCH):
             ids, mask, labels = data.batch(order[start : start + EVALUATION_BATCH])
-            right.append(model(ids, mask).argmax(1) == labels)
-    return torch.cat(right).float()
+            found.append(model(ids, mask).float().log_softmax(1))
+            classes.append(labels)
+    return torch.cat(found), torch.cat(classes)
 
 
 def evaluate(
@@ -180,9 +186,9 @@ def evaluate(
     cache: Path | None = None,
     limit: int | None = None,
 ) -> float:
-    """Return the accuracy of a task's model, in [0, 1]: the mean of ``scores``."""
-    found = scores(task, state_dict, split=split, cache=cache, limit=limit)
-    return int(found.sum()) / len(found)
+    """Return the accuracy of a task's model, in [0, 1]; see ``predict``."""
+    found, labels = predict(task, state_dict, split=split, cache=cache, limit=limit)
+    return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

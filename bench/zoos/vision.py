@@ -91,15 +91,15 @@ def _pixels(split: images.Split, rows: Sequence[int] | slice) -> Tensor:
     return chosen.to(memory_format=torch.channels_last)
 
 
-def scores(
+def predict(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> Tensor:
-    """Tell for each image whether a task's model gives it its own class: float32 [images], 0 or 1.
+) -> tuple[Tensor, Tensor]:
+    """Classify images with a task's model.
 
     Parameters
     ----------
@@ -113,18 +113,23 @@ def scores(
         The zoo's cache directory.
     limit
         Classify the first so many images of the split alone, which is in random order.
+
+    Returns
+    -------
+    tuple
+        Log-probabilities, float32 [images, classes], and classes [images].
     """
     found = _task(task, root_of(cache))
     data: images.Split = getattr(found, split)
     model = _evaluator(len(found.classes))
     model.load_state_dict(state_dict, strict=True)
     labels = data.labels[:limit]
-    right = []
+    outputs = []
     with torch.inference_mode():
         for start in range(0, len(labels), EVALUATION_BATCH):
             rows = slice(start, min(start + EVALUATION_BATCH, len(labels)))
-            right.append(model(_pixels(data, rows)).argmax(1) == labels[rows])
-    return torch.cat(right).float()
+            outputs.append(model(_pixels(data, rows)).log_softmax(1))
+    return torch.cat(outputs), labels
 
 
 def evaluate(
@@ -135,9 +140,9 @@ def evaluate(
     cache: Path | None = None,
     limit: int | None = None,
 ) -> float:
-    """Return the accuracy of a task's model, in [0, 1]: the mean of ``scores``."""
-    found = scores(task, state_dict, split=split, cache=cache, limit=limit)
-    return int(found.sum()) / len(found)
+    """Return the accuracy of a task's model, in [0, 1]; see ``predict``."""
+    found, labels = predict(task, state_dict, split=split, cache=cache, limit=limit)
+    return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
