@@ -1,4 +1,4 @@
-"""The functions most people need: save, load, open, pack, merge, add, relink, compact."""
+"""The functions most people need: save, load, open, pack, merge, relink, compact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
-__all__ = ["add", "compact", "load", "merge", "open", "pack", "relink", "save"]
+__all__ = ["compact", "load", "merge", "open", "pack", "relink", "save"]
 
 
 def save(
@@ -67,8 +67,9 @@ def save(
     StoreFullError, StoreReadOnlyError, StoreLockedError, NotAStoreError
         The place does not take it.
     """
+    from tallstore.appending import append_tasks
     from tallstore.objects import ObjectSource
-    from tallstore.writing import append_tasks, write_object
+    from tallstore.writing import write_object
 
     place = store_path(path)
     with ObjectSource(obj) as source:
@@ -326,23 +327,6 @@ def pack(
             timeout=timeout,
             report=report,
         )
-
-
-def add(
-    path: StorePath,
-    tasks: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    timeout: float = 60.0,
-    report: Report | None = None,
-) -> list[str]:
-    """Add tasks to a store, each an exact difference from its base; others are not touched.
-
-    A mask only serves tasks that the shared vector was merged from, so a newcomer is stored
-    exactly; `pack` all originals again for masks.
-    """
-    with TallStore(path, "a", timeout=timeout) as store:
-        return store.add(tasks, overwrite=overwrite, report=report)
 
 
 def merge(

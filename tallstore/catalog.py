@@ -34,7 +34,7 @@ _FEATURES: Final = (EXTERNAL_BASE, CODES, QUANTIZED_VECTOR)
 _PLAIN: Final = ("tall", "none")
 _CODES: Final = (*_PLAIN, "signs", "seeded", "levels", "auto")
 #: How a shared vector can be kept beside the codable dtypes: integers and a scale a block.
-QUANTIZED: Final = ("int8", "int4")
+QUANTIZED: Final = ("int8", "int4", "uint8", "uint4")
 _MAX_NAME: Final = 255
 
 
@@ -127,6 +127,11 @@ class VectorRecord:
     """The tasks it was merged from, in order."""
     created: str
 
+    @property
+    def decoded_dtype(self) -> str:
+        """The dtype of its weights once they are read."""
+        return "float32" if self.dtype in QUANTIZED else self.dtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRecord:
@@ -172,6 +177,12 @@ class TaskRecord:
     def plain(self) -> bool:
         """Whether its document is in the words of format version 1."""
         return self.parameters is None
+
+    @property
+    def kept_as(self) -> str:
+        """``"masks"``, ``"signs"``, ``"exact"``, or two of them."""
+        words = {"none": [], "tall": ["masks"]}.get(self.code, [self.code])
+        return " + ".join(words + ["exact"] * self.exact) or self.code
 
     @property
     def uses_vector(self) -> bool:

@@ -76,6 +76,14 @@ class SegmentCode:
         """Planes over the weights that its codes take once they are laid out."""
         return min(self.bits + 1, MAX_BITS) if self.form == SEEDED else self.bits
 
+    def describe(self) -> str:
+        """In a few words: ``"mask"``, ``"signs"``, ``"levels, 2 bits"``."""
+        if self.form == SPARSE:
+            return "signs"
+        if self.form == SEEDED:
+            return f"seeded 1/{self.stride}, {self.bits} bits"
+        return "mask" if self.levels == TALL_LEVELS else f"levels, {self.bits} bits"
+
     def row(self, planes: int) -> list[float]:
         """The levels of the codes over the weights: 2**planes of them."""
         found = {

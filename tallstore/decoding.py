@@ -10,11 +10,13 @@ from typing import Final
 import numpy as np
 import torch
 
-from tallstore.catalog import VectorRecord
+from tallstore.catalog import QUANTIZED, VectorRecord
+from tallstore.codecs.quantized import FORMS, Form, dequantize, quantized_size
 from tallstore.codes import TALL_LEVELS, ArenaCode, level_rows
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
 from tallstore.documents import CODE, OWN, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
+from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.externalbase import OUTSIDE, base_elements
@@ -109,9 +111,11 @@ class Decoder:
         for arena, stream in zip(self._base.layout.arenas, self._base_streams, strict=True):
             self._check_stream(stream, arena, 8 * itemsize(arena.dtype), self._home)
         if self._vector is not None:
-            width = 8 * itemsize(self._vector.dtype)
             for arena, stream in zip(self._base.layout.arenas, self._vector.streams, strict=False):
-                self._check_stream(stream, arena, width)
+                if self._vector.dtype in QUANTIZED:
+                    self._check_quantized(stream, arena, FORMS[self._vector.dtype])
+                else:
+                    self._check_stream(stream, arena, 8 * itemsize(self._vector.dtype))
         if self._task is None:
             return
         for arena, stream in zip(self._task.own_layout.arenas, self._task.own_streams, strict=True):
@@ -130,12 +134,15 @@ class Decoder:
             return
         snapshot = snapshot or self._snapshot
         stream = snapshot.stream(number)
-        wanted = (arena.span * bits // 8, arena.weights * bits // 8)
-        if (stream.chunk_size, stream.raw) != wanted:
-            raise CorruptStoreError(
-                f"{snapshot.path}: stream {number} has {stream.raw} bytes in chunks of "
-                f"{stream.chunk_size}, its arena takes {wanted[1]} in chunks of {wanted[0]}"
-            )
+        _check_length(snapshot, stream, arena.span * bits // 8, arena.weights * bits // 8)
+
+    def _check_quantized(self, number: int, arena: Arena, form: Form) -> None:
+        if number:
+            size = quantized_size(arena.span, form)
+            rest = arena.weights % arena.span
+            whole = arena.weights // arena.span * size
+            length = whole + (quantized_size(rest, form) if rest else 0)
+            _check_length(self._snapshot, self._snapshot.stream(number), size, length)
 
     def _layout(self, own: bool) -> Layout:
         return self._task.own_layout if own and self._task else self._base.layout
@@ -341,7 +348,20 @@ class Decoder:
             raise CorruptStoreError(
                 f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
             )
-        return self._chunk(stream, span, "vector", take), record.dtype
+        return self._vector_weights(arena, span, stream, take), record.decoded_dtype
+
+    def _vector_weights(
+        self, arena: int, span: int, stream: int, take: Take | None = None
+    ) -> Bytes:
+        """The shared vector over a span, in its decoded dtype."""
+        if self._vector is None or self._vector.dtype not in QUANTIZED:
+            return self._chunk(stream, span, "vector", take)
+        raw = self._chunk(stream, span, "quantized vector")
+        record = self._base.layout.arenas[arena]
+        count = min(record.span, record.weights - span * record.span)
+        out = (take or self._scratch.take)("vector", 4 * count)
+        dequantize(raw, count, FORMS[self._vector.dtype], out=out.view(np.float32))
+        return out
 
     def codes(self, arena: int, span: int, take: Take) -> tuple[Bytes, int] | None:
         """The packed codes over a span, plane after plane, and how many.
@@ -446,13 +466,15 @@ class Decoder:
     def base_and_vector(self, arena: int, span: int) -> tuple[Bytes, Bytes | None]:
         """The bytes of the base and of the shared vector (None where it has none) over a span.
 
+        The vector's are of its `VectorRecord.decoded_dtype`.
+
         Valid until the same thread asks for the next one.
         """
         base = self._chunk(self._base_streams[arena], span, "base", snapshot=self._home)
         record = self._vector
         if record is None or arena >= len(record.streams) or not record.streams[arena]:
             return base, None
-        return base, self._chunk(record.streams[arena], span, "vector")
+        return base, self._vector_weights(arena, span, record.streams[arena])
 
     def predict(
         self,
@@ -479,7 +501,7 @@ class Decoder:
             return out
         part = None
         if vector is not None and self._vector is not None and self._codes[arena].shared:
-            part = torch.from_numpy(vector).view(torch_dtype(self._vector.dtype))
+            part = torch.from_numpy(vector).view(torch_dtype(self._vector.decoded_dtype))
         planes, table = codes[0].reshape(codes[1], -1), self._levels[arena].table
         rows = self.rows(arena, span)
         predict(base, base_dtype, planes, part, table, rows, out, dtype, self._scratch)
@@ -494,6 +516,14 @@ class Decoder:
         if code is None or code.exact is None or not self._exact:
             return None
         return self._chunk(code.exact, span, "residual")
+
+
+def _check_length(snapshot: Snapshot, stream: Stream, size: int, length: int) -> None:
+    if (stream.chunk_size, stream.raw) != (size, length):
+        raise CorruptStoreError(
+            f"{snapshot.path}: stream {stream.number} has {stream.raw} bytes in chunks of "
+            f"{stream.chunk_size}, its arena takes {length} in chunks of {size}"
+        )
 
 
 def _levels(code: ArenaCode, task: TaskDocument) -> Levels:

@@ -48,10 +48,12 @@ LAYERS: list[set[str]] = [
         "sources",
     },
     {
+        "appending",
         "checking",
         "damage",
         "decoding",
         "describing",
+        "exacttier",
         "exporting",
         "loading",
         "ring",
@@ -63,12 +65,14 @@ LAYERS: list[set[str]] = [
         "packing",
         "spancodes",
         "spans",
+        "repacking",
         "repairing",
         "store",
         "storesource",
+        "tensorbits",
         "writing",
     },
-    {"api", "doctor", "report"},
+    {"api", "doctor", "recoding", "report"},
     {"cli", "demo", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

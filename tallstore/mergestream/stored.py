@@ -220,7 +220,7 @@ class StoredSpan:
             out = feed.scratch.take(f"weights {number}", self.count * itemsize(code.dtype))
             shared = None
             if self._vector is not None and feed.vector is not None and code.shared:
-                shared = self._vector, feed.vector.dtype
+                shared = self._vector, feed.vector.decoded_dtype
             levels = None
             if codes is not None:
                 levels = task.decoder.levels(arena).table, task.decoder.rows(arena, span)
@@ -275,8 +275,8 @@ class StoredSpan:
         record = self._feed.vector
         if self._vector is None or record is None:
             return np.zeros(stop - start, np.float32)
-        width = itemsize(record.dtype)
-        values = to_float32(self._vector[start * width : stop * width], record.dtype)
+        width = itemsize(record.decoded_dtype)
+        values = to_float32(self._vector[start * width : stop * width], record.decoded_dtype)
         shared: Floats = values / np.float32(self._feed.shared or 1)
         return shared
 

@@ -9,7 +9,7 @@ tensors; the price is what fits the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +19,7 @@ from tallstore.fitting import Magnitudes, gain_factor
 from tallstore.packing.drafting import dense_draft, moving, sparse_draft
 from tallstore.packing.drafts import Draft
 
-__all__ = ["Allotment", "Choice", "allot", "choices"]
+__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice"]
 
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2, 0.3,
@@ -66,16 +66,21 @@ def choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     for width in _BITS:
         dense = dense_draft(segment, found, width)
         if dense is not None:
-            levels = np.asarray(dense.magnitudes)
-            there = found.count > 0
-            center = found.product[there] / np.maximum(found.weight[there], 1e-300)
-            group = np.searchsorted((levels[1:] + levels[:-1]) / 2, center)
-            shares = np.bincount(group, found.count[there], levels.size) / found.weights
-            projection = float((levels[group] * found.product[there]).sum())
-            norm = float((levels[group] ** 2 * found.weight[there]).sum())
-            bits = found.weights * (entropy(shares.tolist()) + 1)
-            made.append(_choice(dense, found, projection, norm, bits, gain))
+            made.append(dense_choice(dense, found, gain))
     return sorted((c for c in made if c is not None), key=lambda choice: choice.bits)
+
+
+def dense_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
+    """What dense levels cost and leave; None where the gain is undefined."""
+    levels = np.asarray(draft.magnitudes)
+    there = found.count > 0
+    center = found.product[there] / np.maximum(found.weight[there], 1e-300)
+    group = np.searchsorted((levels[1:] + levels[:-1]) / 2, center)
+    shares = np.bincount(group, found.count[there], levels.size) / found.weights
+    projection = float((levels[group] * found.product[there]).sum())
+    norm = float((levels[group] ** 2 * found.weight[there]).sum())
+    bits = found.weights * (entropy(shares.tolist()) + 1)
+    return _choice(draft, found, projection, norm, bits, gain)
 
 
 def _choice(
@@ -88,32 +93,69 @@ def _choice(
     return Choice(draft, bits, max(error, 0.0))
 
 
-def allot(found: Mapping[int, Magnitudes], bits: float, gain: str) -> Allotment | None:
-    """The codes of least error in all that take at most `bits`; None: the cheapest take more.
+class Offers:
+    """The choices of every tensor of a task that moved.
 
     Parameters
     ----------
     found
         Histograms by segment.
+    gain
+        The gain rule.
     """
-    offered = {n: choices(n, seen, gain) for n, seen in moving(found).items()}
-    offered = {n: some for n, some in offered.items() if some}
-    low, high = 0.0, 1.0
-    while _at(offered, high).bits > bits:
-        high *= 16
-        if high > 1e30:
+
+    def __init__(self, found: Mapping[int, Magnitudes], gain: str) -> None:
+        there = moving(found)
+        some = {n: choices(n, seen, gain) for n, seen in there.items()}
+        self._choices = {n: made for n, made in some.items() if made}
+        self.weights = sum(seen.weights for seen in found.values())
+        self.moved = sum(seen.moved for seen in there.values())
+        """Squared norm of the task vector."""
+
+    def within(self, bits_per_weight: float) -> Allotment | None:
+        """What errs least within a budget; None where even the cheapest takes more."""
+        budget = bits_per_weight * self.weights
+        return self._search(lambda made: made.bits <= budget)
+
+    def erring(self, relative_error: float) -> Allotment | None:
+        """What takes the fewest bits for an error; None where the best errs more."""
+        most = relative_error**2 * self.moved
+        if self.at(0).error > most:
             return None
-    for _ in range(80):
-        middle = math.sqrt(max(low, high * 1e-12) * high)
-        if _at(offered, middle).bits > bits:
-            low = middle
-        else:
-            high = middle
-    return _at(offered, high)
+        # The dearest price whose error is still within.
+        return self._search(lambda made: made.error > most, other=True)
+
+    def at(self, price: float) -> Allotment:
+        """What minimizes error + price * bits, tensor by tensor."""
+        some = self._choices.values()
+        return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
+
+    @property
+    def cheapest(self) -> Allotment:
+        """What takes the fewest bits."""
+        return _together([some[0] for some in self._choices.values()])
+
+    def _search(
+        self, fits: Callable[[Allotment], bool], *, other: bool = False
+    ) -> Allotment | None:
+        """The allotment where `fits` turns true as the price rises: the one after, or before."""
+        low, high = 0.0, max(self.moved, 1e-30) * 1e3
+        before, after = self.at(low), self.at(high)
+        if fits(before):
+            return before
+        if not fits(after):
+            return after if other else None
+        for _ in range(100):
+            middle = math.sqrt(max(low, high * 1e-15) * high)
+            made = self.at(middle)
+            if fits(made):
+                high, after = middle, made
+            else:
+                low, before = middle, made
+        return before if other else after
 
 
-def _at(offered: Mapping[int, Sequence[Choice]], price: float) -> Allotment:
-    chosen = [min(some, key=lambda c: c.error + price * c.bits) for some in offered.values()]
+def _together(chosen: Sequence[Choice]) -> Allotment:
     return Allotment(
         {choice.draft.segment: choice.draft for choice in chosen},
         sum(choice.bits for choice in chosen),

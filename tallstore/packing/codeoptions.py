@@ -10,13 +10,14 @@ from typing import Any, Final
 from tallstore.errors import OptionError
 from tallstore.fitting import DEFAULT_GAIN, GAINS
 
-__all__ = ["CODE_NAMES", "CodeOptions", "code_options"]
+__all__ = ["CODE_NAMES", "MOST_BITS", "CodeOptions", "code_options"]
 
 CODE_NAMES: Final = ("tall", "signs", "seeded", "levels", "auto")
 #: What stands for a number that is not given.
 _DENSITY: Final = {"signs": 0.05, "seeded": 0.1}
 _BITS: Final = {"seeded": 4, "levels": 2}
-_MOST_BITS: Final = 4
+#: Most bits of a value or a level.
+MOST_BITS: Final = 4
 _MAX_SEED: Final = 1 << 32
 
 
@@ -84,10 +85,8 @@ def code_options(*, evaluate: bool = False, **given: Any) -> CodeOptions:
     _check_range("bits_per_weight", found.bits_per_weight, 0, 16)
     _check_range("max_error", found.max_error, 0, math.inf)
     _check_range("keep", found.keep, 0, 1.5)
-    if found.bits is not None and (
-        type(found.bits) is not int or not 1 <= found.bits <= _MOST_BITS
-    ):
-        raise OptionError(f"bits={found.bits!r}: 1 to {_MOST_BITS} are possible")
+    if found.bits is not None and (type(found.bits) is not int or not 1 <= found.bits <= MOST_BITS):
+        raise OptionError(f"bits={found.bits!r}: 1 to {MOST_BITS} are possible")
     if found.over not in ("none", "shared"):
         raise OptionError(f"over={found.over!r}: it is 'none' or 'shared'")
     if found.gain not in GAINS:

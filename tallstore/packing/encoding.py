@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
+from tallstore.bits import count_bits
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import SPARSE as SPARSE_CODEC
 from tallstore.codecs import Bytes
@@ -35,7 +37,9 @@ from tallstore.packing.target import Target
 
 __all__ = ["TargetEncoder"]
 
-_SIGNS = Encoding(SPARSE_CODEC)
+_SIGNS: Final = Encoding(SPARSE_CODEC)
+#: One touched weight in so many is too many for `_SIGNS`.
+_DENSE: Final = 4
 
 
 class TargetEncoder:
@@ -140,7 +144,13 @@ class TargetEncoder:
         if self.masks(arena) and vector is not None and record and target.tall_lambda is not None:
             place = span * layout.arenas[arena].span
             planes, stats, raw = masks(
-                target.candidate, arena, place, base, vector, record.dtype, target.tall_lambda
+                target.candidate,
+                arena,
+                place,
+                base,
+                vector,
+                record.decoded_dtype,
+                target.tall_lambda,
             )
             self._planes[arena].put(span, planes, encoding=BITS)
             self._count(stats)
@@ -193,7 +203,10 @@ class TargetEncoder:
         if codes.planes is not None:
             self._planes[arena].put(span, codes.planes.reshape(-1), encoding=BITS)
         if codes.sparse is not None:
-            self._sparse[arena].put(span, codes.sparse.reshape(-1), encoding=_SIGNS)
+            packed = codes.sparse.reshape(-1)
+            # Gaps between weights as close as this are no shorter than the planes.
+            dense_signs = _DENSE * count_bits(packed) >= 4 * packed.size
+            self._sparse[arena].put(span, packed, encoding=BITS if dense_signs else _SIGNS)
         if values is not None:
             self._seeded[arena].put(span, values.reshape(-1), encoding=BITS)
 

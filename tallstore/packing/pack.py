@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
 from tallstore.devices import wanted_device
@@ -21,11 +21,19 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import EmptyZooError, MismatchError, OptionError, StoreExistsError
 from tallstore.layout import lay_out
+from tallstore.loading import Loader
 from tallstore.matching import match
 from tallstore.mergestream.survey import survey
 from tallstore.merging import MergeRule, Profile, merge_rule
 from tallstore.packing.base import refer_to_base, write_base
-from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
+from tallstore.packing.choosing import (
+    Evaluate,
+    check_lambdas,
+    choose_lambda,
+    read_memory,
+    score_of,
+    state_of,
+)
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
@@ -43,7 +51,10 @@ from tallstore.workers import Workers, workers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["now", "pack_zoo"]
+__all__ = ["VECTOR_DTYPES", "now", "pack_zoo"]
+
+#: How the shared vector can be kept.
+VECTOR_DTYPES: Final = (*sorted(CODABLE), "int8", "int4")
 
 
 def now() -> str:
@@ -122,6 +133,8 @@ def pack_zoo(
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
+    locked: bool = False,
+    before_publishing: Callable[[], None] | None = None,
 ) -> list[str]:
     """Write a new store from a base and its fine-tunes; see `tallstore.pack`.
 
@@ -131,6 +144,10 @@ def pack_zoo(
         How tasks are coded; TALL masks if None.
     external
         Refer to the base there, which `base` reads, in place of writing its elements.
+    locked
+        Whether the caller has the lock of writers to `path`.
+    before_publishing
+        Called once all is written, before the file takes its place.
 
     Returns
     -------
@@ -139,8 +156,8 @@ def pack_zoo(
     """
     if not tasks:
         raise EmptyZooError(f"{path}: no tasks to pack; give NAME=PATH, or a directory of them")
-    if vector_dtype not in CODABLE:
-        raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(sorted(CODABLE))}")
+    if vector_dtype not in VECTOR_DTYPES:
+        raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(VECTOR_DTYPES)}")
     options = CodeOptions() if options is None else options
     rule = _rule(merge, list(tasks), options)
     lambdas = check_lambdas(tall_lambda, evaluate=evaluate is not None)
@@ -153,7 +170,7 @@ def pack_zoo(
         )
     masks = masks_on(on)
     candidates = _candidates(base, tasks)
-    with WriterLock(path, timeout=timeout):
+    with nullcontext() if locked else WriterLock(path, timeout=timeout):
         if path.exists() and not overwrite:
             raise StoreExistsError(f"{path}: there already; remove it, or pack to another path")
         new = NewFile(path)
@@ -161,15 +178,51 @@ def pack_zoo(
             with workers() as pool:
                 packing = _Packing(new, base, candidates, pool, Meter(report), external)
                 packing.base_and_vector(rule, vector_dtype, policy(compress))
+                remarks: list[str] = []
                 if options.code == "tall":
                     packing.masks(lambdas, evaluate, masks, exact=exact)
                 else:
-                    packing.codes(options, evaluate, exact=exact)
-            new.publish(timeout=timeout)
+                    remarks = packing.codes(options, evaluate, exact=exact)
+            if before_publishing is not None:
+                before_publishing()
+            _publish(
+                new, path, tried=options.code != "tall" and evaluate is not None, timeout=timeout
+            )
         finally:
             new.discard()
     notes = [note for candidate in candidates for note in candidate.plan.notes]
-    return [*base.notes, *(n for s in tasks.values() for n in s.notes), *notes]
+    return [*base.notes, *(n for s in tasks.values() for n in s.notes), *notes, *remarks]
+
+
+def _publish(new: NewFile, path: Path, *, tried: bool, timeout: float) -> None:
+    """Put the new file in its place; without the room of what was tried, where anything was."""
+    if not tried:
+        new.publish(timeout=timeout)
+        return
+    small = NewFile(path)
+    try:
+        small.copy_of(new.environment)
+        small.publish(timeout=timeout)
+    finally:
+        small.discard()
+
+
+class _Trial:
+    """Scores targets by writing them into the new file; see `tallstore.packing.planning.Trial`."""
+
+    def __init__(self, packing: _Packing, snapshot: Snapshot, evaluate: Evaluate) -> None:
+        self._packing = packing
+        self._snapshot = snapshot
+        self._evaluate = evaluate
+
+    def score(self, target: Target, what: str) -> float:
+        state = self._packing.trial(self._snapshot, target)
+        return score_of(self._evaluate, target.candidate.name, state, what)
+
+    def original(self, candidate: Candidate) -> float:
+        source = candidate.source
+        state = state_of(source, read_memory(source))
+        return score_of(self._evaluate, candidate.name, state, "the original")
 
 
 class _Packing:
@@ -218,7 +271,8 @@ class _Packing:
             session,
             survey(rule, feed, workers=self._pool, progress=surveying),
             feed,
-            dtype=dtype,
+            # A vector of magnitudes needs no sign.
+            dtype=f"u{dtype}" if dtype in ("int8", "int4") and rule.name == "profile" else dtype,
             created=self._created,
             workers=self._pool,
             progress=self._meter.stage("merge", self._weights),
@@ -244,7 +298,9 @@ class _Packing:
         base = self._base.segments
         stored = 0 if self._external is not None else sum(segment.nbytes for segment in base)
         weights = sum(segment.numel for segment in base if segment.dtype in CODABLE)
-        return stored + (weights * itemsize(dtype) if dtype is not None else 0)
+        if dtype is None:
+            return stored
+        return stored + weights * (itemsize(dtype) if dtype in CODABLE else 2)
 
     def masks(
         self,
@@ -264,14 +320,32 @@ class _Packing:
             ]
             self._write(snapshot, targets, masks)
 
-    def codes(self, options: CodeOptions, evaluate: Evaluate | None, *, exact: bool) -> None:
-        """Survey the tasks, and write them with codes of other kinds."""
+    def codes(self, options: CodeOptions, evaluate: Evaluate | None, *, exact: bool) -> list[str]:
+        """Survey the tasks, and write them with codes of other kinds; returns remarks."""
+        notes: list[str] = []
+        targets = []
         with self._reading() as (snapshot, _, document, vector):
             planner = Planner(
                 snapshot, document, vector, options, workers=self._pool, meter=self._meter
             )
-            targets = [planner.target(candidate, exact=exact) for candidate in self._candidates]
+            trial = None if evaluate is None else _Trial(self, snapshot, evaluate)
+            for candidate in self._candidates:
+                target, remarks = planner.target(candidate, exact=exact, trial=trial)
+                targets.append(target)
+                notes += remarks
             self._write(snapshot, targets, tall_span)
+        return notes
+
+    def trial(self, snapshot: Snapshot, target: Target) -> Any:
+        """What a target will load as: it is written, for a moment as the only task."""
+        catalog = self._write(snapshot, [target], tall_span)
+        self._new.environment.handles += 1
+        written = Snapshot(self._new.environment)
+        try:
+            name = target.candidate.name
+            return Loader(written, catalog, task=name, fidelity="codes").load()
+        finally:
+            written.close()
 
     @contextmanager
     def _reading(
@@ -287,7 +361,7 @@ class _Packing:
         finally:
             snapshot.close()
 
-    def _write(self, snapshot: Snapshot, targets: Sequence[Target], masks: SpanMasks) -> None:
+    def _write(self, snapshot: Snapshot, targets: Sequence[Target], masks: SpanMasks) -> Catalog:
         if self._done is None:
             raise RuntimeError("base_and_vector comes first")
         record, document, vector = self._done
@@ -313,6 +387,7 @@ class _Packing:
             self._manifest = session.commit(
                 catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
             )
+        return catalog
 
     def _target(
         self,

@@ -89,7 +89,7 @@ def encode_tasks(
         base_bytes, vector_bytes = decoder.base_and_vector(arena, span)
         vector32 = None
         if vector is not None and vector_bytes is not None:
-            vector32 = to_float32(vector_bytes, vector.dtype)
+            vector32 = to_float32(vector_bytes, vector.decoded_dtype)
         for coding in codings:
             if arena in coding.target.candidate.arenas():
                 coding.encode(arena, span, base_bytes, vector_bytes, vector, vector32, masks)
