@@ -7,14 +7,12 @@ gain rule "unbiased"); "ls" is least squares, "norm" restores the norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from bench.rivals.vectors import (
     SCALE_BITS,
-    Coded,
     Vectors,
     entropy,
     kept_count,
@@ -34,7 +32,8 @@ def gained(raw: Tensor, piece: Tensor, gain: str) -> Tensor:
         "ls": along / length,
         "norm": math.sqrt(target / length),
     }[gain]
-    return raw * scale
+    scaled: Tensor = raw * scale
+    return scaled
 
 
 def fitted(values: Tensor, weight: Tensor | None, bits: int, rounds: int = 12) -> Tensor:
@@ -68,11 +67,8 @@ def fitted(values: Tensor, weight: Tensor | None, bits: int, rounds: int = 12) -
         levels = torch.where(masses > 0, sums / masses.clamp_min(1e-300), levels)
         levels = levels.sort().values
     levels = levels.float()
-    return levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]
-
-
-def _symbols(rounded: Tensor) -> float:
-    return entropy(rounded.unique(return_counts=True)[1])
+    nearest: Tensor = levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]
+    return nearest
 
 
 def signs(piece: Tensor, density: float, gain: str = "unbiased") -> tuple[Tensor, float]:
@@ -120,13 +116,3 @@ def profile(vectors: Vectors, bits: int = 8) -> tuple[Tensor, float]:
     for vector in vectors.tasks.values():
         size += vector.abs() / len(vectors.tasks)
     return quantized_shared(size, bits)
-
-
-def whole(
-    vectors: Vectors, plan: Mapping[str, Mapping[str, tuple[str, float, int]]], *, seed: int = 0
-) -> Coded:
-    """Code each tensor of each task by a plan: (form, density or 0, bits).
-
-    Forms are "none", "signs", "seeded", "levels", "shared" (levels over the profile) and "exact".
-    """
-    raise NotImplementedError

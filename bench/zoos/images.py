@@ -44,6 +44,8 @@ FONTS: Final = {
     "others": ("cmr10", "cmss10", "cmti10", "cmtt10", "cmb10"),
 }  # fmt: skip
 STYLES: Final = ("upright", "slanted", "bold", "bold and slanted")
+# Letters that their mirror image tells apart, and that are no other letter's.
+SIDED: Final = "BCDEFGJKLNPQRSZaefghkrtyz"
 ALPHABET: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 LITE0: Final = Package(
@@ -125,20 +127,6 @@ def _turned(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Examp
             yield np.rot90(_resized(image, SIDE, SIDE), turns), turns
 
 
-def _compared(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Example]:
-    """Which of two digits, the left or the right, is the larger."""
-    images, digits = _mnist(folder)[part]
-    for first in range(len(digits)):
-        second = int(rng.choice(np.flatnonzero(digits != digits[first])))
-        pair = np.zeros((SIDE, SIDE), np.uint8)
-        half = SIDE // 2
-        for column, row in ((0, first), (half, second)):
-            pair[half // 2 : half // 2 + half, column : column + half] = _resized(
-                images[row], half, half
-            )
-        yield pair, int(digits[second] > digits[first])
-
-
 def _counted(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Example]:
     """How many digits, one to six, stand in nine places."""
     images, _ = _mnist(folder)[part]
@@ -213,16 +201,24 @@ def _styles(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Examp
         yield _drawn(font, letter, rng, turn=0), styles[font]
 
 
+def _mirrored(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Example]:
+    """Whether a letter is seen in a mirror."""
+    fonts = tuple(font for group in FONTS.values() for font in group)
+    for font, letter in _drawings(part, _glyphs(fonts, SIDED, part)):
+        image, mirrored = _drawn(font, letter, rng, turn=15), int(rng.integers(2))
+        yield image[:, ::-1] if mirrored else image, mirrored
+
+
 Source = Callable[[str, Path, np.random.Generator], Iterator[Example]]
 DIGITS: Final = [str(digit) for digit in range(10)]
 SOURCES: Final[dict[str, tuple[Source, list[str]]]] = {
     "digits": (_digits, DIGITS),
     "mnist": (_plain, DIGITS),
     "turned": (_turned, ["0", "90", "180", "270"]),
-    "compared": (_compared, ["left", "right"]),
     "counted": (_counted, [str(count) for count in range(1, 7)]),
     "cluttered": (_cluttered, DIGITS),
     "letters": (_letters, list(ALPHABET)),
+    "mirrored": (_mirrored, ["as written", "mirrored"]),
     "styles": (_styles, list(STYLES)),
 }
 

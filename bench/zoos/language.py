@@ -69,7 +69,7 @@ class Settings:
     version: int = 1  # to raise when a change of the code changes the models
 
 
-PRETRAINING: Final = Settings(corpora.BASE, steps=600, rate=2e-3, threads=2)
+PRETRAINING: Final = Settings(corpora.BASE, steps=600, rate=2e-3)
 
 
 def _fine_tuning(name: str, root: Path) -> Settings:
