@@ -16,6 +16,7 @@ from tallstore.ops.counting import (
     use_histogram,
 )
 from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
+from tallstore.ops.placed import Places, place, reconstruct_placed
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
 from tallstore.ops.residual import add_residual
 from tallstore.ops.sparse import (
@@ -37,6 +38,7 @@ __all__ = [
     "AnySparseCode",
     "Backend",
     "LevelSums",
+    "Places",
     "SeededCode",
     "SparseCode",
     "TallSums",
@@ -51,7 +53,9 @@ __all__ = [
     "encode_tall",
     "expand_sparse",
     "mask_overlaps",
+    "place",
     "reconstruct",
+    "reconstruct_placed",
     "reduce_sums",
     "restore_sparse",
     "switch_sparse",
