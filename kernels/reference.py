@@ -6,16 +6,19 @@ Knows torch only. Slow on purpose: one line a step, whole arrays.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from .sums import LevelSums, TallSums
 
 __all__ = [
+    "SCALED",
     "add_residual",
     "at_least",
     "codes",
     "count_uses",
+    "dequantize",
     "encode_levels",
     "encode_tall",
     "level_sums",
@@ -25,6 +28,9 @@ __all__ = [
     "tall_sums",
     "use_histogram",
 ]
+
+#: Weights of a quantized vector that share a scale.
+SCALED: Final = 256
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -285,3 +291,33 @@ def add_residual(predicted: torch.Tensor, zigzag: torch.Tensor) -> torch.Tensor:
     ordered = bits ^ ((bits >> top) | least)
     total = (ordered + difference).to(word).long()
     return (total ^ (~(total >> top) | least)).to(word).view(predicted.dtype)
+
+
+def dequantize(
+    values: torch.Tensor, scales: torch.Tensor, count: int, *, bits: int, signed: bool
+) -> torch.Tensor:
+    """``float32(q) * scale`` of the first `count` weights, one rounding.
+
+    Parameters
+    ----------
+    values
+        uint8, shape (at least ceil(count * bits / 8),): a weight a byte, or two, the first in the
+        lower half; two's complement where `signed`.
+    scales
+        bfloat16, shape (at least ceil(count / SCALED),).
+    bits
+        8 or 4.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, shape (count,).
+    """
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], dim=1).flatten()
+    number = values[:count].int()
+    if signed:
+        half = 1 << bits - 1
+        number = (number ^ half) - half
+    places = torch.arange(count, device=values.device) // SCALED
+    return number.float() * scales.float()[places]

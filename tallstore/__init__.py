@@ -15,7 +15,8 @@ from tallstore.errors import TallstoreError
 from tallstore.version import __version__
 
 if TYPE_CHECKING:
-    from tallstore.api import add, compact, load, merge, open, pack, relink, save
+    from tallstore.api import compact, load, merge, open, pack, relink, save
+    from tallstore.recoding import add, repack, strip
     from tallstore.store import TallStore
 
 __all__ = [
@@ -30,14 +31,17 @@ __all__ = [
     "open",
     "pack",
     "relink",
+    "repack",
     "save",
+    "strip",
 ]
 
 _HOME = {
     "TallStore": "tallstore.store",
     **dict.fromkeys(
-        ("add", "compact", "load", "merge", "open", "pack", "relink", "save"), "tallstore.api"
+        ("compact", "load", "merge", "open", "pack", "relink", "save"), "tallstore.api"
     ),
+    **dict.fromkeys(("add", "repack", "strip"), "tallstore.recoding"),
 }
 
 

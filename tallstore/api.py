@@ -1,4 +1,4 @@
-"""The functions most people need: save, load, open, pack, merge, add, relink, compact."""
+"""The functions most people need: save, load, open, pack, merge, relink, compact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
-__all__ = ["add", "compact", "load", "merge", "open", "pack", "relink", "save"]
+__all__ = ["compact", "load", "merge", "open", "pack", "relink", "save"]
 
 
 def save(
@@ -67,8 +67,9 @@ def save(
     StoreFullError, StoreReadOnlyError, StoreLockedError, NotAStoreError
         The place does not take it.
     """
+    from tallstore.appending import append_tasks
     from tallstore.objects import ObjectSource
-    from tallstore.writing import append_tasks, write_object
+    from tallstore.writing import write_object
 
     place = store_path(path)
     with ObjectSource(obj) as source:
@@ -177,7 +178,16 @@ def pack(
     base: Any,
     tasks: Mapping[str, Any],
     *,
-    merge: str | MergeRule = "ta",
+    code: str = "tall",
+    density: float | None = None,
+    bits: int | None = None,
+    over: str = "none",
+    gain: str = "unbiased",
+    seed: int = 0,
+    bits_per_weight: float | None = None,
+    max_error: float | None = None,
+    keep: float | None = None,
+    merge: str | MergeRule | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
     vector_dtype: str = "bfloat16",
@@ -191,6 +201,7 @@ def pack(
 ) -> list[str]:
     """Pack a base and its fine-tunes: one shared vector, and a TALL mask per task.
 
+    Or, with `code`, other codes of the task vectors, most of which need no shared vector.
     Memory is bounded, whatever the size and number of checkpoints: they are read span by span.
 
     Parameters
@@ -202,9 +213,31 @@ def pack(
         ``STORE`` or ``STORE::TASK``, a state dict or a module. None with `external_base`.
     tasks
         The fine-tunes by name, each given like `base`.
+    code
+        ``"tall"``: a mask over the shared vector (arXiv 2405.07813). ``"signs"``: plus or minus one
+        step a tensor, on the weights that moved most. ``"seeded"``: values on weights that a hash
+        of `seed` picks, so that their places cost nothing. ``"levels"``: for every weight one of
+        2**bits levels a tensor. ``"auto"``: for every tensor what leaves the least error within
+        a budget.
+    density
+        Share of the weights that ``"signs"`` (0.05 if None) or ``"seeded"`` (0.1) touches.
+    bits
+        1 to 4: bits of a value of ``"seeded"`` (4 if None) or ``"levels"`` (2).
+    over
+        ``"shared"``: levels are times a shared vector, the mean magnitude of all task vectors
+        unless `merge` says otherwise.
+    gain
+        How long the coded task vector is made, by tensor. ``"unbiased"``: its projection on the
+        task vector is the task vector's own. ``"norm"``: as long as the task vector. ``"ls"``: of
+        least error, which is too short, and costs accuracy.
+    seed
+        Of the hash, below 2**32.
+    bits_per_weight, max_error, keep
+        Budgets of ``"auto"``, one of them: bits a weight; relative error at most; the share of the
+        fine-tuned model's score to keep, as `evaluate` tells it. 0.15 bits if none is given.
     merge
-        ``"ta"`` (the sum of the task vectors), ``"ties"``, any other name in
-        `tallstore.merging.RULES` that takes no masks, or a rule object.
+        What the shared vector is: ``"ta"`` (the sum of the task vectors; None), ``"ties"``, any
+        other name in `tallstore.merging.RULES` that takes no masks, or a rule object.
     tall_lambda
         The masks' lambda; several to choose from by `evaluate`; None for the default.
     evaluate
@@ -242,10 +275,23 @@ def pack(
     """
     from tallstore.externalbase import refer
     from tallstore.opening import open_base_of, open_checkpoint
+    from tallstore.packing.codeoptions import code_options
     from tallstore.packing.pack import pack_zoo
     from tallstore.storesource import StoreSource
 
     place = store_path(path)
+    options = code_options(
+        evaluate=evaluate is not None,
+        code=code,
+        density=density,
+        bits=bits,
+        over=over,
+        gain=gain,
+        seed=seed,
+        bits_per_weight=bits_per_weight,
+        max_error=max_error,
+        keep=keep,
+    )
     if (base is None) == (external_base is None):
         raise OptionError("pack: either a base, or external_base=, is needed")
     with ExitStack() as stack:
@@ -269,6 +315,7 @@ def pack(
             opened,
             sources,
             merge=merge,
+            options=options,
             tall_lambda=tall_lambda,
             evaluate=evaluate,
             vector_dtype=vector_dtype,
@@ -280,23 +327,6 @@ def pack(
             timeout=timeout,
             report=report,
         )
-
-
-def add(
-    path: StorePath,
-    tasks: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    timeout: float = 60.0,
-    report: Report | None = None,
-) -> list[str]:
-    """Add tasks to a store, each an exact difference from its base; others are not touched.
-
-    A mask only serves tasks that the shared vector was merged from, so a newcomer is stored
-    exactly; `pack` all originals again for masks.
-    """
-    with TallStore(path, "a", timeout=timeout) as store:
-        return store.add(tasks, overwrite=overwrite, report=report)
 
 
 def merge(

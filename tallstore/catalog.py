@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tallstore import strictjson
+from tallstore.codes import MAX_BITS
 from tallstore.dtypes import CODABLE
 from tallstore.errors import CorruptStoreError, TaskNameError
 
 __all__ = [
+    "CODES",
     "EXTERNAL_BASE",
+    "QUANTIZED",
+    "QUANTIZED_VECTOR",
     "BaseRecord",
     "Catalog",
     "TaskRecord",
@@ -22,9 +26,15 @@ __all__ = [
 
 #: What a store needs of its readers whose base is in another store.
 EXTERNAL_BASE: Final = "external-base"
+#: What it needs for tasks coded otherwise than in version 1, and for a vector of 8 or 4 bits.
+CODES: Final = "codes"
+QUANTIZED_VECTOR: Final = "quantized-vector"
 #: Everything that a store can need and that this version knows.
-_FEATURES: Final = (EXTERNAL_BASE,)
-_CODES: Final = ("tall", "none")
+_FEATURES: Final = (EXTERNAL_BASE, CODES, QUANTIZED_VECTOR)
+_PLAIN: Final = ("tall", "none")
+_CODES: Final = (*_PLAIN, "signs", "seeded", "levels", "auto")
+#: How a shared vector can be kept beside the codable dtypes: integers and a scale a block.
+QUANTIZED: Final = ("int8", "int4", "uint8", "uint4")
 _MAX_NAME: Final = 255
 
 
@@ -117,6 +127,11 @@ class VectorRecord:
     """The tasks it was merged from, in order."""
     created: str
 
+    @property
+    def decoded_dtype(self) -> str:
+        """The dtype of its weights once they are read."""
+        return "float32" if self.dtype in QUANTIZED else self.dtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRecord:
@@ -131,9 +146,10 @@ class TaskRecord:
     label: str
     kind: str
     code: str
-    """``"tall"``, or ``"none"`` where the base alone predicts it."""
+    """``"tall"``, ``"signs"``, ``"seeded"``, ``"levels"``, ``"auto"``; ``"none"`` where the base
+    alone predicts it."""
     bits: int
-    """Planes."""
+    """Planes of codes over the weights, at most."""
     tall_lambda: float | None
     exact: bool
     """Whether loading gives back the original bit for bit."""
@@ -144,7 +160,7 @@ class TaskRecord:
     own: int
     """Weights kept as they are: heads, what the base lacks."""
     density: float | None
-    """Fraction of ones over the coded weights."""
+    """Fraction of ones of a mask, of touched weights of another code, over the coded weights."""
     relative_error: float | None
     """Of the codes alone, without the residual: norm of the error / norm of the task vector."""
     score: float | None
@@ -152,6 +168,33 @@ class TaskRecord:
     nbytes: int
     """Bytes of the original's tensors and files."""
     created: str
+    parameters: Mapping[str, Any] | None = None
+    """What it was coded with, for people; None in the words of format version 1."""
+    shared: bool = False
+    """Whether a code other than a mask is over the shared vector."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether its document is in the words of format version 1."""
+        return self.parameters is None
+
+    @property
+    def kept_as(self) -> str:
+        """``"masks"``, ``"signs"``, ``"exact"``, or two of them."""
+        words = {"none": [], "tall": ["masks"]}.get(self.code, [self.code])
+        return " + ".join(words + ["exact"] * self.exact) or self.code
+
+    @property
+    def uses_vector(self) -> bool:
+        """Whether loading it takes the shared vector, but for its exact tier."""
+        return self.code == "tall" or self.shared
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest; version 1 knows neither `parameters` nor `shared`."""
+        record = dataclasses.asdict(self)
+        if self.plain:
+            del record["parameters"], record["shared"]
+        return record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +217,18 @@ class Catalog:
     @property
     def requires(self) -> tuple[str, ...]:
         """What a reader has to know beyond format version 1."""
-        return (EXTERNAL_BASE,) if self.base is not None and self.base.external is not None else ()
+        external = self.base is not None and self.base.external is not None
+        needed = {
+            EXTERNAL_BASE: external,
+            CODES: not all(task.plain for task in self.tasks.values()),
+            QUANTIZED_VECTOR: self.vector is not None and self.vector.dtype in QUANTIZED,
+        }
+        return tuple(name for name, there in needed.items() if there)
+
+    def used_vector(self) -> VectorRecord | None:
+        """The shared vector, unless no task uses it any more."""
+        used = any(task.uses_vector for task in self.tasks.values())
+        return self.vector if used else None
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
@@ -182,7 +236,7 @@ class Catalog:
             **({"requires": list(self.requires)} if self.requires else {}),
             "base": self.base and self.base.to_json(),
             "vector": self.vector and dataclasses.asdict(self.vector),
-            "tasks": {name: dataclasses.asdict(task) for name, task in self.tasks.items()},
+            "tasks": {name: task.to_json() for name, task in self.tasks.items()},
         }
 
     @classmethod
@@ -222,17 +276,22 @@ class Catalog:
 
 
 def _read_task(record: Mapping[str, Any], what: str) -> TaskRecord:
+    plain = "parameters" not in record and "shared" not in record
+    if plain:
+        record = {**record, "parameters": {}, "shared": False}
     task: TaskRecord = _read(TaskRecord, record, what)
-    if task.code not in _CODES:
-        raise strictjson.newer(what, f"a code {task.code[:80]!r}", map(repr, _CODES))
-    if task.bits > 1:
-        raise strictjson.newer(what, f"a code of {task.bits} planes", ["at most 1"])
-    return task
+    codes, planes = (_PLAIN, 1) if plain else (_CODES, MAX_BITS)
+    if task.code not in codes:
+        raise strictjson.newer(what, f"a code {task.code[:80]!r}", map(repr, codes))
+    if task.bits > planes:
+        raise strictjson.newer(what, f"a code of {task.bits} planes", [f"at most {planes}"])
+    return dataclasses.replace(task, parameters=None) if plain else task
 
 
 def _read_vector(record: Mapping[str, Any], what: str) -> VectorRecord:
     # The rule is for people: reading takes no more than the vector, by whichever rule it was made.
     vector: VectorRecord = _read(VectorRecord, record, what)
-    if vector.dtype not in CODABLE:
-        raise strictjson.newer(what, f"a dtype {vector.dtype[:80]!r}", sorted(CODABLE))
+    known = (*sorted(CODABLE), *QUANTIZED)
+    if vector.dtype not in known:
+        raise strictjson.newer(what, f"a dtype {vector.dtype[:80]!r}", known)
     return vector

@@ -64,6 +64,10 @@ class CodeStats:
     """Squared norm of the task vector."""
     error: float = 0.0
     """Squared norm of reconstruction minus weights."""
+    projection: float = 0.0
+    """Inner product of the coded task vector with the task vector; not summed for masks."""
+    norm: float = 0.0
+    """Squared norm of the coded task vector; not summed for masks."""
     same: bool = True
     """Whether every weight equals the base's, bit for bit."""
     finite: bool = True
@@ -75,6 +79,8 @@ class CodeStats:
         self.ones += other.ones
         self.moved += other.moved
         self.error += other.error
+        self.projection += other.projection
+        self.norm += other.norm
         self.same &= other.same
         self.finite &= other.finite
 
@@ -137,7 +143,7 @@ def encode_tall(
     packed = pack_bits(mask)
     # Finite weights so far apart that their difference is not cannot be coded either.
     finite = bool(np.isfinite(moved + error))
-    return packed, CodeStats(base.size, count_bits(packed), moved, error, False, finite)
+    return packed, CodeStats(base.size, count_bits(packed), moved, error, same=False, finite=finite)
 
 
 def _ordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

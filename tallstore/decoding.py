@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 
-from tallstore.catalog import VectorRecord
+from tallstore.catalog import QUANTIZED, VectorRecord
+from tallstore.codecs.quantized import FORMS, Form, dequantize, quantized_size
+from tallstore.codes import TALL_LEVELS, ArenaCode, level_rows
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
-from tallstore.documents import CODE, OWN, ArenaCode, BaseDocument, TaskDocument
+from tallstore.documents import CODE, OWN, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
+from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.externalbase import OUTSIDE, base_elements
-from tallstore.layout import Arena, Layout
-from tallstore.ops import TALL_LEVELS, reconstruct
+from tallstore.layout import BLOCK, Arena, Layout
+from tallstore.ops import reconstruct
 from tallstore.scratch import Scratch
+from tallstore.spancodes import check_code_streams, code_bits, code_planes
 from tallstore.spans import Run, Span, SpanKey, Take
 from tallstore.specs import SegmentSpec
 
-__all__ = ["Decoder", "Run", "Span", "SpanKey"]
+__all__ = ["Decoder", "Levels", "Run", "Span", "SpanKey", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The levels of the codes over an arena."""
+
+    table: torch.Tensor
+    """float32, shape (R, 2**K)."""
+    rows: Mapping[int, int] | None
+    """The row of each of the base's segments; None: row 0 everywhere."""
+
+    def row(self, segment: int) -> int:
+        """The row of a segment; row 0 of one without codes, which has no levels to apply."""
+        return 0 if self.rows is None else self.rows.get(segment, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,9 @@ class Decoder:
         self._vector = vector
         self._exact = exact
         self._codes = {code.arena: code for code in task.codes} if task else {}
+        self._levels = {
+            arena: _levels(code, task) for arena, code in self._codes.items() if task is not None
+        }
         # Decoders that a thread uses one after another, each done with before the next, can share.
         self._scratch: Final = Scratch() if scratch is None else scratch
         self._links = self._link()
@@ -90,17 +111,21 @@ class Decoder:
         for arena, stream in zip(self._base.layout.arenas, self._base_streams, strict=True):
             self._check_stream(stream, arena, 8 * itemsize(arena.dtype), self._home)
         if self._vector is not None:
-            width = 8 * itemsize(self._vector.dtype)
             for arena, stream in zip(self._base.layout.arenas, self._vector.streams, strict=False):
-                self._check_stream(stream, arena, width)
+                if self._vector.dtype in QUANTIZED:
+                    self._check_quantized(stream, arena, FORMS[self._vector.dtype])
+                else:
+                    self._check_stream(stream, arena, 8 * itemsize(self._vector.dtype))
         if self._task is None:
             return
         for arena, stream in zip(self._task.own_layout.arenas, self._task.own_streams, strict=True):
             self._check_stream(stream, arena, 8 * itemsize(arena.dtype))
         for code in self._task.codes:
             arena = self._base.layout.arenas[code.arena]
-            self._check_stream(code.planes, arena, 1)
+            self._check_stream(code.planes, arena, code.bits)
+            self._check_stream(code.sparse, arena, 2)
             self._check_stream(code.exact, arena, 8 * itemsize(code.dtype))
+            check_code_streams(self._snapshot, self._base.layout, self._task, code)
 
     def _check_stream(
         self, number: int | None, arena: Arena, bits: int, snapshot: Snapshot | None = None
@@ -109,12 +134,15 @@ class Decoder:
             return
         snapshot = snapshot or self._snapshot
         stream = snapshot.stream(number)
-        wanted = (arena.span * bits // 8, arena.weights * bits // 8)
-        if (stream.chunk_size, stream.raw) != wanted:
-            raise CorruptStoreError(
-                f"{snapshot.path}: stream {number} has {stream.raw} bytes in chunks of "
-                f"{stream.chunk_size}, its arena takes {wanted[1]} in chunks of {wanted[0]}"
-            )
+        _check_length(snapshot, stream, arena.span * bits // 8, arena.weights * bits // 8)
+
+    def _check_quantized(self, number: int, arena: Arena, form: Form) -> None:
+        if number:
+            size = quantized_size(arena.span, form)
+            rest = arena.weights % arena.span
+            whole = arena.weights // arena.span * size
+            length = whole + (quantized_size(rest, form) if rest else 0)
+            _check_length(self._snapshot, self._snapshot.stream(number), size, length)
 
     def _layout(self, own: bool) -> Layout:
         return self._task.own_layout if own and self._task else self._base.layout
@@ -165,6 +193,7 @@ class Decoder:
                         stop - start,
                         piece.within + start - piece.start,
                         link.coded,
+                        piece.segment,
                     )
 
     def needs(self, key: SpanKey) -> Iterator[tuple[str, int]]:
@@ -182,12 +211,19 @@ class Decoder:
         code = self._codes.get(arena)
         if code is None:
             return
-        if code.planes is not None:
-            yield "planes", code.planes
-            if self._vector is not None and arena < len(self._vector.streams):
+        if self._predicts(code):
+            for stream in (code.planes, code.sparse, code.seeded):
+                if stream is not None:
+                    yield "planes", stream
+            if code.shared and self._vector is not None and arena < len(self._vector.streams):
                 yield "vector", self._vector.streams[arena]
         if code.exact is not None and self._exact:
             yield "residual", code.exact
+
+    def _predicts(self, code: ArenaCode) -> bool:
+        """Whether codes are read: not where the exact tier makes the base good by itself."""
+        whole = self._exact and code.over_base and code.exact is not None
+        return code.coded and not whole
 
     # -- chunks ---------------------------------------------------------------------------
 
@@ -254,12 +290,40 @@ class Decoder:
             return Span(base, dtype, in_map=in_map)
         planes = vector = residual = None
         vector_dtype = dtype
-        if code.planes is not None:
-            planes = self._chunk(code.planes, span, "planes", take)
-            vector, vector_dtype = self._vector_chunk(arena, span, take)
+        bits = 1
+        if self._predicts(code):
+            planes, bits = self._planes(code, span, take)
+            if code.shared:
+                vector, vector_dtype = self._vector_chunk(arena, span, take)
         if code.exact is not None and self._exact:
             residual = self._chunk(code.exact, span, "residual", take)
-        return Span(base, dtype, code, planes, vector, vector_dtype, residual, in_map)
+        return Span(base, dtype, code, planes, vector, vector_dtype, residual, bits, in_map)
+
+    def _planes(self, code: ArenaCode, span: int, take: Take | None) -> tuple[Bytes, int]:
+        """The packed codes over a span of the base, plane after plane, and how many planes."""
+        if self._task is None:
+            raise CorruptStoreError(f"{self._snapshot.path}: codes without a task")
+        return code_planes(
+            self._snapshot, self._base.layout, self._task, code, span, take or self._scratch.take
+        )
+
+    def levels(self, arena: int) -> Levels:
+        """The levels of the task's codes over an arena that it has codes for."""
+        return self._levels[arena]
+
+    def rows(self, arena: int, span: int) -> torch.Tensor | None:
+        """The row of levels that each block of a span takes: int32; None: row 0 everywhere."""
+        levels = self._levels[arena]
+        if levels.rows is None or levels.table.shape[0] == 1:
+            return None
+        record = self._base.layout.arenas[arena]
+        count = min(record.span, record.weights - span * record.span)
+        rows = torch.zeros(-(-count // BLOCK), dtype=torch.int32)
+        for piece in self._base.layout.pieces(arena, span):
+            first = piece.within // BLOCK
+            last = -(-(piece.within + piece.count) // BLOCK)
+            rows[first:last] = levels.row(piece.segment)
+        return rows
 
     def _elements(
         self, home: Snapshot, stream: int, span: int, into: Bytes | None
@@ -284,7 +348,33 @@ class Decoder:
             raise CorruptStoreError(
                 f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
             )
-        return self._chunk(stream, span, "vector", take), record.dtype
+        return self._vector_weights(arena, span, stream, take), record.decoded_dtype
+
+    def _vector_weights(
+        self, arena: int, span: int, stream: int, take: Take | None = None
+    ) -> Bytes:
+        """The shared vector over a span, in its decoded dtype."""
+        if self._vector is None or self._vector.dtype not in QUANTIZED:
+            return self._chunk(stream, span, "vector", take)
+        raw = self._chunk(stream, span, "quantized vector")
+        record = self._base.layout.arenas[arena]
+        count = min(record.span, record.weights - span * record.span)
+        out = (take or self._scratch.take)("vector", 4 * count)
+        dequantize(raw, count, FORMS[self._vector.dtype], out=out.view(np.float32))
+        return out
+
+    def codes(self, arena: int, span: int, take: Take) -> tuple[Bytes, int] | None:
+        """The packed codes over a span, plane after plane, and how many.
+
+        None where there are none, or where the exact tier does without them.
+
+        Parameters
+        ----------
+        take
+            Where they are to be decoded to.
+        """
+        code = self._codes.get(arena)
+        return None if code is None or not self._predicts(code) else self._planes(code, span, take)
 
     def planes(self, arena: int, span: int, out: Bytes) -> bool:
         """Fill `out` with the task's packed mask over a span of the base; False: it has none there.
@@ -313,8 +403,7 @@ class Decoder:
             Each with the bytes that it is to fill.
         """
         own, arena, _ = key
-        dtype = self._layout(own).arenas[arena].dtype
-        size = itemsize(dtype)
+        size = itemsize(self._layout(own).arenas[arena].dtype)
         for run, out in runs:
             if not run.coded:
                 np.copyto(out, data.base[run.within * size : (run.within + run.count) * size])
@@ -323,22 +412,25 @@ class Decoder:
             return
         if data.code is None:
             raise CorruptStoreError(f"{self._snapshot.path}: a coded part without a code")
-        self._decode_coded(data, data.code, dtype, coded)
+        self._decode_coded(data, key, data.code, coded)
 
     def _decode_coded(
-        self, data: Span, code: ArenaCode, dtype: str, runs: Sequence[tuple[Run, Bytes]]
+        self, data: Span, key: SpanKey, code: ArenaCode, runs: Sequence[tuple[Run, Bytes]]
     ) -> None:
         width = itemsize(code.dtype)
         low, together = 0, None
         if len(runs) > _FEW:
             # Many small tensors: one pass over them all, then copies, so that threads meet less.
-            low = min(run.within for run, _ in runs)
+            low = min(run.within for run, _ in runs) // BLOCK * BLOCK
             high = max(run.within + run.count for run, _ in runs)
             together = self._scratch.take("predicted", (high - low) * width)
-            self._predict(data, code, dtype, low, high, together)
+            rows = None if data.planes is None else self.rows(key[1], key[2])
+            some = None if rows is None else rows[low // BLOCK : -(-high // BLOCK)]
+            self._predict(data, key, code, low, high, together, some)
         for run, out in runs:
             if together is None:
-                self._predict(data, code, dtype, run.within, run.within + run.count, out)
+                row = 0 if data.planes is None else self._levels[key[1]].row(run.origin)
+                self._predict(data, key, code, run.within, run.within + run.count, out, row)
             else:
                 start = (run.within - low) * width
                 np.copyto(out, together[start : start + out.size])
@@ -347,19 +439,34 @@ class Decoder:
                 np.copyto(out, add_residual(out, zigzag, code.dtype))
 
     def _predict(
-        self, data: Span, code: ArenaCode, dtype: str, low: int, high: int, out: Bytes
+        self,
+        data: Span,
+        key: SpanKey,
+        code: ArenaCode,
+        low: int,
+        high: int,
+        out: Bytes,
+        rows: torch.Tensor | int | None,
     ) -> None:
-        """Predict weights `low` to `high` of a span."""
+        """Predict weights `low` to `high` of a span, of one row of levels or of several."""
+        dtype = self._base.layout.arenas[key[1]].dtype
         size = itemsize(dtype)
         planes = vector = None
-        if data.planes is not None and data.vector is not None:
-            planes = data.planes[low // 8 : (high + 7) // 8]
+        if data.planes is not None:
+            planes = data.planes.reshape(data.code_bits, -1)[:, low // 8 : (high + 7) // 8]
+        if data.vector is not None:
             vector = torch.from_numpy(data.vector).view(torch_dtype(data.vector_dtype))[low:high]
         base = data.base[low * size : high * size]
-        _predict(base, dtype, planes, vector, out, code.dtype, self._scratch)
+        table = None if planes is None else self._levels[key[1]].table
+        if isinstance(rows, int) and table is not None:
+            table, rows = table[rows : rows + 1], None
+        some = rows if isinstance(rows, torch.Tensor) else None
+        predict(base, dtype, planes, vector, table, some, out, code.dtype, self._scratch)
 
     def base_and_vector(self, arena: int, span: int) -> tuple[Bytes, Bytes | None]:
         """The bytes of the base and of the shared vector (None where it has none) over a span.
+
+        The vector's are of its `VectorRecord.decoded_dtype`.
 
         Valid until the same thread asks for the next one.
         """
@@ -367,41 +474,99 @@ class Decoder:
         record = self._vector
         if record is None or arena >= len(record.streams) or not record.streams[arena]:
             return base, None
-        return base, self._chunk(record.streams[arena], span, "vector")
+        return base, self._vector_weights(arena, span, record.streams[arena])
 
     def predict(
-        self, arena: int, base: Bytes, vector: Bytes | None, planes: Bytes | None, dtype: str
+        self,
+        arena: int,
+        span: int,
+        base: Bytes,
+        vector: Bytes | None,
+        codes: tuple[Bytes, int] | None,
+        dtype: str,
     ) -> Bytes:
-        """What decoding will predict for weights of which base, vector and planes are at hand."""
+        """What loading predicts for a span of which base, vector and codes are at hand.
+
+        Parameters
+        ----------
+        codes
+            As `codes` gives them.
+        """
         base_dtype = self._base.layout.arenas[arena].dtype
-        if planes is None and dtype == base_dtype:
+        if codes is None and dtype == base_dtype:
             return base
         out = self._scratch.take("predicted", base.size // itemsize(base_dtype) * itemsize(dtype))
+        if codes is None:
+            predict(base, base_dtype, None, None, None, None, out, dtype, self._scratch)
+            return out
         part = None
-        if planes is not None and vector is not None and self._vector is not None:
-            part = torch.from_numpy(vector).view(torch_dtype(self._vector.dtype))
-        _predict(base, base_dtype, planes, part, out, dtype, self._scratch)
+        if vector is not None and self._vector is not None and self._codes[arena].shared:
+            part = torch.from_numpy(vector).view(torch_dtype(self._vector.decoded_dtype))
+        planes, table = codes[0].reshape(codes[1], -1), self._levels[arena].table
+        rows = self.rows(arena, span)
+        predict(base, base_dtype, planes, part, table, rows, out, dtype, self._scratch)
         return out
 
+    def residual(self, arena: int, span: int) -> Bytes | None:
+        """The residual over a span; None where there is none, or it is not wanted.
 
-def _predict(
+        Valid until the same thread asks for the next one.
+        """
+        code = self._codes.get(arena)
+        if code is None or code.exact is None or not self._exact:
+            return None
+        return self._chunk(code.exact, span, "residual")
+
+
+def _check_length(snapshot: Snapshot, stream: Stream, size: int, length: int) -> None:
+    if (stream.chunk_size, stream.raw) != (size, length):
+        raise CorruptStoreError(
+            f"{snapshot.path}: stream {stream.number} has {stream.raw} bytes in chunks of "
+            f"{stream.chunk_size}, its arena takes {length} in chunks of {size}"
+        )
+
+
+def _levels(code: ArenaCode, task: TaskDocument) -> Levels:
+    if task.codings is None:
+        return Levels(torch.tensor([TALL_LEVELS], dtype=torch.float32), None)
+    rows, table = level_rows(task.codings, code_bits(code))
+    return Levels(torch.tensor(table, dtype=torch.float32), rows)
+
+
+def predict(
     base: Bytes,
     base_dtype: str,
     planes: Bytes | None,
     vector: torch.Tensor | None,
+    table: torch.Tensor | None,
+    rows: torch.Tensor | None,
     out: Bytes,
     dtype: str,
     scratch: Scratch,
 ) -> None:
-    if planes is None:
+    """Fill `out` with what codes predict, as bytes of `dtype`.
+
+    Parameters
+    ----------
+    base
+        Its bytes, of `base_dtype`.
+    planes
+        uint8, shape (K, bytes); None: the base is the prediction.
+    vector
+        Shape (n,); None stands for 1.
+    table, rows
+        As `tallstore.ops.reconstruct` takes levels and rows.
+    """
+    if planes is None or table is None:
         same = dtype == base_dtype
         np.copyto(out, base if same else from_float32(to_float32(base, base_dtype), dtype))
         return
     reconstruct(
         torch.from_numpy(base).view(torch_dtype(base_dtype)),
-        torch.from_numpy(planes).unsqueeze(0),
+        torch.from_numpy(planes),
         vector,
-        TALL_LEVELS,
+        table,
         torch.from_numpy(out).view(torch_dtype(dtype)),
+        rows=rows,
         scratch=scratch,
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,6 +57,27 @@ class Description:
                     found[tensor.name] = by_segment[part.segment]
         return found
 
+    @property
+    def gain(self) -> float | None:
+        """Of all coded tensors together; see `SegmentStats.gain`."""
+        return None if self._whole is None else self._whole.gain
+
+    @property
+    def cosine(self) -> float | None:
+        """Of all coded tensors together; see `SegmentStats.cosine`."""
+        return None if self._whole is None else self._whole.cosine
+
+    @property
+    def _whole(self) -> SegmentStats | None:
+        stats = () if self.task is None else self.task.stats
+        if not stats or any(s.projection is None for s in stats):
+            return None
+        moved = math.fsum(s.moved**2 for s in stats)
+        error = math.fsum((s.relative_error * s.moved) ** 2 for s in stats)
+        projection = math.fsum(s.projection or 0.0 for s in stats)
+        relative = math.sqrt(error / moved) if moved else 0.0
+        return SegmentStats(0, 1.0, relative, math.sqrt(moved), projection)
+
     def kept(self, tensor: TensorSpec) -> str:
         """How a tensor is kept: ``"base"``, ``"coded"``, ``"own"``, ``"coded, own"`` if in parts.
 
@@ -66,6 +88,20 @@ class Description:
         kinds = {part.kind for part in self.task.parts[tensor.segment]}
         words = [word for kind, word in ((CODE, "coded"), (OWN, "own")) if kind in kinds]
         return ", ".join(words) or "base"
+
+    def code_of(self, tensor: TensorSpec) -> str | None:
+        """What codes a tensor, in a few words: ``"signs"``, ``"levels, 2 bits"``; None: nothing."""
+        if self.task is None:
+            return None
+        coded = [p.segment for p in self.task.parts[tensor.segment] if p.kind == CODE]
+        if not coded:
+            return None
+        if self.task.codings is None:
+            arena = self.base.layout.places[coded[0]].arena
+            masked = any(c.arena == arena and c.planes is not None for c in self.task.codes)
+            return "mask" if masked else None
+        found = self.task.codings.get(coded[0])
+        return None if found is None else found.describe()
 
 
 def describe(
@@ -98,7 +134,9 @@ def describe(
             f"{catalog.base.identity[:16]}...; restore the store from a copy"
         )
     data = _document(snapshot, record.document, what)
-    return Description(what, base, TaskDocument.from_bytes(data, base=base, what=what))
+    return Description(
+        what, base, TaskDocument.from_bytes(data, base=base, plain=record.plain, what=what)
+    )
 
 
 def read_base(snapshot: Snapshot, catalog: Catalog) -> BaseDocument:

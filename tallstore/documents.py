@@ -11,6 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tallstore import strictjson
+from tallstore.codes import (
+    SEEDED,
+    SPARSE,
+    ArenaCode,
+    SegmentCode,
+    SegmentStats,
+    code_from_json,
+    code_to_json,
+    segment_code_from_json,
+    stats_from_json,
+    stats_to_json,
+)
 from tallstore.dtypes import itemsize
 from tallstore.errors import CorruptStoreError, UnsupportedObjectError
 from tallstore.layout import Layout, lay_out
@@ -26,6 +38,7 @@ __all__ = [
     "Contents",
     "ExternalReference",
     "Part",
+    "SegmentCode",
     "SegmentStats",
     "StoredFile",
     "TaskDocument",
@@ -46,6 +59,9 @@ _FLAGS: Final = _CONJ | _NEG | _PARAMETER | _REQUIRES_GRAD
 _CONTENTS: Final = ("kind", "tree", "tensors", "segments", "files")
 _BASE: Final = (*_CONTENTS, "streams")
 _TASK: Final = (*_CONTENTS, "parts", "own", "own_streams", "codes", "stats")
+#: Those of a task whose codes need more than format version 1.
+_CODED: Final = (*_TASK, "codings", "seed")
+_MAX_SEED: Final = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,30 +307,6 @@ class Part:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class ArenaCode:
-    """A task's streams over one arena of the base."""
-
-    arena: int
-    dtype: str
-    """Of the task's weights there."""
-    planes: int | None
-    """Stream of the packed planes, a chunk a span; None: predicted by the base alone."""
-    exact: int | None
-    """Stream of the residual, a chunk a span; None where none is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentStats:
-    """What coding did to one of the base's segments."""
-
-    segment: int
-    density: float
-    relative_error: float
-    moved: float
-    """Norm of the task vector."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskDocument:
     """A task: its contents, and for each segment the parts it is put together from."""
@@ -326,6 +318,11 @@ class TaskDocument:
     own_streams: tuple[int, ...] = ()
     codes: tuple[ArenaCode, ...] = ()
     stats: tuple[SegmentStats, ...] = ()
+    codings: Mapping[int, SegmentCode] | None = None
+    """By segment of the base, how what is coded is coded; None: TALL masks, or nothing, in the
+    words of format version 1."""
+    seed: int = 0
+    """Of the hash that places seeded values."""
     own_layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -333,6 +330,13 @@ class TaskDocument:
 
     def to_bytes(self) -> bytes:
         """The document."""
+        plain = self.codings is None
+        codings = {
+            "codings": [
+                [c.segment, c.form, list(c.levels), c.stride] for c in (self.codings or {}).values()
+            ],
+            "seed": self.seed,
+        }
         return strictjson.dumps(
             {
                 **self.contents.to_json(),
@@ -341,14 +345,22 @@ class TaskDocument:
                 ],
                 "own": [[segment.dtype, segment.numel] for segment in self.own],
                 "own_streams": list(self.own_streams),
-                "codes": [[c.arena, c.dtype, c.planes, c.exact] for c in self.codes],
-                "stats": [[s.segment, s.density, s.relative_error, s.moved] for s in self.stats],
+                "codes": [code_to_json(code, plain=plain) for code in self.codes],
+                "stats": stats_to_json(self.stats, plain=plain),
+                **({} if plain else codings),
             }
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, base: BaseDocument, what: str) -> TaskDocument:
+    def from_bytes(
+        cls, data: bytes, *, base: BaseDocument, plain: bool = True, what: str
+    ) -> TaskDocument:
         """Read a document and check it against its base's.
+
+        Parameters
+        ----------
+        plain
+            Whether it is in the words of format version 1; the task's record tells.
 
         Raises
         ------
@@ -357,11 +369,11 @@ class TaskDocument:
         NewerFormatError
             It holds what this version does not know.
         """
-        record = _parse(data, _TASK, what)
+        record = _parse(data, _TASK if plain else _CODED, what)
         contents = Contents.from_json(record, what=what)
         own = _segments_from_json(record.get("own"), what)
         codes = tuple(
-            _code_from_json(item, base.layout, what)
+            _code_from_json(item, base.layout, plain, what)
             for item in strictjson.list_field(record, "codes", list, what=what)
         )
         parts = tuple(
@@ -375,22 +387,35 @@ class TaskDocument:
             own_streams=_streams(record.get("own_streams"), lay_out(own), what),
             codes=codes,
             stats=tuple(
-                _stats_from_json(item, what)
+                stats_from_json(_items(item, 4 if plain else 5, what), what)
                 for item in strictjson.list_field(record, "stats", list, what=what)
             ),
+            codings=None if plain else _codings(record, base, what),
+            seed=0 if plain else _ints([record.get("seed")], 1, what)[0],
         )
+        if document.seed >= _MAX_SEED:
+            raise CorruptStoreError(f"{what}: a seed of over 32 bits")
         _check_parts(document, base, what)
         return document
 
 
-def _code_from_json(record: object, layout: Layout, what: str) -> ArenaCode:
-    arena, dtype, planes, exact = _items(record, 4, what)
-    if _ints([arena], 1, what)[0] >= len(layout.arenas):
-        raise CorruptStoreError(f"{what}: a code for arena {arena}, which the base lacks")
-    for stream in (planes, exact):
-        if stream is not None:
-            _ints([stream], 1, what)
-    return ArenaCode(arena, _size(dtype, what), planes, exact)
+def _code_from_json(record: object, layout: Layout, plain: bool, what: str) -> ArenaCode:
+    items = _items(record, 4 if plain else 9, what)
+    if _ints(items[:1], 1, what)[0] >= len(layout.arenas):
+        raise CorruptStoreError(f"{what}: a code for arena {items[0]}, which the base lacks")
+    _size(items[1], what)
+    return code_from_json(items, plain=plain, what=what)
+
+
+def _codings(record: Mapping[str, Any], base: BaseDocument, what: str) -> dict[int, SegmentCode]:
+    segments = len(base.contents.segments)
+    found: dict[int, SegmentCode] = {}
+    for item in strictjson.list_field(record, "codings", list, what=what):
+        code = segment_code_from_json(_items(item, 4, what), segments, what)
+        if code.segment in found:
+            raise CorruptStoreError(f"{what}: segment {code.segment} is coded twice")
+        found[code.segment] = code
+    return found
 
 
 def _part_from_json(record: object, what: str) -> Part:
@@ -400,14 +425,6 @@ def _part_from_json(record: object, what: str) -> Part:
     if kind not in (BASE, CODE, OWN):
         raise strictjson.newer(what, f"a part of kind {kind[:80]!r}", (BASE, CODE, OWN))
     return Part(kind, *_ints(numbers, 3, what))
-
-
-def _stats_from_json(record: object, what: str) -> SegmentStats:
-    segment, *numbers = _items(record, 4, what)
-    _ints([segment], 1, what)
-    if not all(type(n) in (int, float) for n in numbers):
-        raise CorruptStoreError(f"{what}: statistics that are no numbers")
-    return SegmentStats(segment, *(float(n) for n in numbers))
 
 
 def _check_parts(document: TaskDocument, base: BaseDocument, what: str) -> None:
@@ -420,6 +437,8 @@ def _check_parts(document: TaskDocument, base: BaseDocument, what: str) -> None:
         for part in parts:
             if not _part_fits(part, segment, document.own, base, codes):
                 raise CorruptStoreError(f"{what}: a part leads outside what it refers to")
+            if part.kind == CODE and not _form_fits(part, document, base, codes):
+                raise CorruptStoreError(f"{what}: a part without the stream of its code")
 
 
 def _part_fits(
@@ -438,3 +457,21 @@ def _part_fits(
         code = codes.get(base.layout.places[part.segment].arena)
         return code is not None and code.dtype == segment.dtype
     return whole[part.segment].dtype == segment.dtype
+
+
+def _form_fits(
+    part: Part, document: TaskDocument, base: BaseDocument, codes: Mapping[int, ArenaCode]
+) -> bool:
+    """Whether what codes a part is there: its stream, in planes as many as it has bits."""
+    if document.codings is None:
+        return True
+    code = codes[base.layout.places[part.segment].arena]
+    coding = document.codings.get(part.segment)
+    if coding is None:
+        # Predicted by the base, and made good by the exact tier.
+        return code.exact is not None and code.over_base
+    if coding.form == SPARSE:
+        return code.sparse is not None
+    if coding.form == SEEDED:
+        return code.seeded is not None and coding.bits <= code.value_bits
+    return code.planes is not None and coding.bits <= code.bits

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from tallstore.catalog import BaseRecord, Catalog, TaskRecord
 from tallstore.checking import verify_snapshot
+from tallstore.codes import ArenaCode
 from tallstore.damage import RESIDUAL, Damage
 from tallstore.describing import describe, read_base
-from tallstore.documents import ArenaCode, Contents, StoredFile
+from tallstore.documents import CODE, Contents, StoredFile
 from tallstore.engine.environment import lmdb_errors
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
@@ -144,7 +145,7 @@ def _rebuild(
         lossy: dict[str, Damage] = {}
         files: dict[str | None, tuple[str, ...]] = {}
         for name, damage in found.tasks.items():
-            if damage.roles == {RESIDUAL} and _has_masks(snapshot, catalog, name):
+            if damage.roles == {RESIDUAL} and _has_codes(snapshot, catalog, name):
                 lossy[name] = damage
             elif damage.roles:
                 lost[name] = damage
@@ -162,10 +163,8 @@ def _rebuild(
                 else record
                 for name, record in kept.items()
             }
-            used = any(task.code == "tall" for task in tasks.values())
-            after = replace(
-                catalog, base=base, tasks=tasks, vector=catalog.vector if used else None
-            )
+            after = replace(catalog, base=base, tasks=tasks)
+            after = replace(after, vector=after.used_vector())
             session.commit(after.to_json(), live=after.live_streams(), written_by=WRITTEN_BY)
     finally:
         snapshot.close()
@@ -246,10 +245,14 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _has_masks(snapshot: Snapshot, catalog: Catalog, name: str) -> bool:
-    """Whether every code of a task has planes, so that it can do without residuals."""
+def _has_codes(snapshot: Snapshot, catalog: Catalog, name: str) -> bool:
+    """Whether a task has codes everywhere, so that it can do without residuals."""
     task = describe(snapshot, catalog, task=name).task
-    return task is not None and all(code.planes is not None for code in task.codes)
+    if task is None:
+        return False
+    if task.codings is None:
+        return all(code.coded for code in task.codes)
+    return all(p.segment in task.codings for ps in task.parts for p in ps if p.kind == CODE)
 
 
 def _kept_files(contents: Contents, gone: Sequence[str]) -> tuple[Contents, set[int]]:
@@ -289,7 +292,7 @@ def _task_without(
     if lossy:
         codes = tuple(replace(code, exact=None) for code in codes)
     number = write_blob(session, replace(document, contents=contents, codes=codes).to_bytes())
-    needed = {n for code in codes for n in (code.planes, code.exact) if n is not None}
+    needed = {number for code in codes for number in code.streams}
     return replace(
         record,
         document=number,

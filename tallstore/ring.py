@@ -27,7 +27,7 @@ from tallstore.decoding import Decoder, Run, Span, SpanKey
 from tallstore.devices import Buffers, on_device, ring_queues
 from tallstore.dtypes import is_codable, torch_dtype
 from tallstore.errors import CorruptStoreError
-from tallstore.ops import TALL_LEVELS, add_residual, choose_backend, reconstruct
+from tallstore.ops import add_residual, choose_backend, reconstruct
 from tallstore.workers import cores, workers
 
 __all__ = ["ROOMS", "Ring"]
@@ -78,6 +78,7 @@ class _Loaded:
     """A span that a thread has read."""
 
     slot: _Slot
+    arena: int
     span: Span
     runs: list[Run]
 
@@ -114,8 +115,8 @@ class Ring:
         self._threads = threads or min(cores(), _THREADS)
         self._module = torch.get_device_module(device)
         with on_device(device, "loading"):
-            self._levels = torch.tensor([TALL_LEVELS], dtype=torch.float32, device=device)
             self._copying, self._computing = ring_queues(device)
+        self._tables: dict[int, torch.Tensor] = {}
         self._slots = [_Slot(self) for _ in range(2 * self._threads + 2)]
         self._rooms = [_Room(self) for _ in range(ROOMS)]
 
@@ -193,7 +194,7 @@ class Ring:
     def _read(self, slot: _Slot, key: SpanKey, runs: list[Run]) -> _Loaded:
         """On a thread: read and check the chunks of a span into a slot."""
         span = self._decoder.load(key, coded=any(run.coded for run in runs), take=slot.take)
-        return _Loaded(slot, span, runs)
+        return _Loaded(slot, key[1], span, runs)
 
     def _place(
         self,
@@ -217,7 +218,7 @@ class Ring:
             places = [self._target(run, targets) for run in loaded.runs]
             results = self._results(loaded.runs, places, room)
             for run, place, into in zip(loaded.runs, places, results, strict=True):
-                self._finish(run, loaded.span, staged, into)
+                self._finish(run, loaded, staged, into)
                 if place is not None and place is not into:
                     place.copy_(into.view(torch_dtype(self._kind(run))))
             if put is not None:
@@ -257,23 +258,24 @@ class Ring:
         return results
 
     def _finish(
-        self, run: Run, span: Span, staged: Mapping[str, torch.Tensor], into: torch.Tensor
+        self, run: Run, loaded: _Loaded, staged: Mapping[str, torch.Tensor], into: torch.Tensor
     ) -> None:
         """Make the bytes of a run, from the span's chunks on the device."""
         width = self._decoder.width(run)
         if run.coded:
-            self._reconstruct(run, span, staged, self._kind(run), into)
+            self._reconstruct(run, loaded, staged, self._kind(run), into)
         else:
             into.copy_(staged["base"][run.within * width : (run.within + run.count) * width])
 
     def _reconstruct(
         self,
         run: Run,
-        span: Span,
+        loaded: _Loaded,
         staged: Mapping[str, torch.Tensor],
         kind: str,
         into: torch.Tensor,
     ) -> None:
+        span = loaded.span
         if span.code is None:
             raise CorruptStoreError("a coded part without a code")
         low, high = run.within, run.within + run.count
@@ -281,9 +283,10 @@ class Ring:
         planes = vector = None
         levels: Any = (1.0,)
         if "planes" in staged:
-            planes = staged["planes"][low // 8 : (high + 7) // 8].unsqueeze(0)
+            planes = staged["planes"].view(span.code_bits, -1)[:, low // 8 : (high + 7) // 8]
+            levels = self._level_row(loaded.arena, run)
+        if "vector" in staged:
             vector = staged["vector"].view(torch_dtype(span.vector_dtype))[low:high]
-            levels = self._levels
         out = into.view(torch_dtype(kind))
         if is_codable(kind):
             reconstruct(base, planes, vector, levels, out, backend=self._backend)
@@ -293,6 +296,14 @@ class Ring:
             width = out.element_size()
             zigzag = staged["residual"][low * width : high * width]
             add_residual(out, zigzag, out, backend=self._backend)
+
+    def _level_row(self, arena: int, run: Run) -> torch.Tensor:
+        """The levels of a run, on the device: one row."""
+        levels = self._decoder.levels(arena)
+        if arena not in self._tables:
+            self._tables[arena] = levels.table.to(self._device)
+        row = levels.row(run.origin)
+        return self._tables[arena][row : row + 1]
 
     def _send_back(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tallstore.advice import release_pages
 from tallstore.codecs import Bytes
-from tallstore.documents import ArenaCode
+from tallstore.codes import ArenaCode
 
 __all__ = ["Run", "Span", "SpanKey", "Take"]
 
@@ -29,6 +29,8 @@ class Run:
     count: int
     within: int
     coded: bool
+    origin: int
+    """Segment of the base, or of the task's own, that they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,11 @@ class Span:
     base_dtype: str
     code: ArenaCode | None = None
     planes: Bytes | None = None
+    """Packed codes over the weights, plane after plane, `code_bits` of them."""
     vector: Bytes | None = None
     vector_dtype: str = "float32"
     residual: Bytes | None = None
+    code_bits: int = 1
     in_map: bool = False
     """Whether `base` is LMDB's own memory."""
 

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     import torch
 
     from tallstore.checking import Verification
+    from tallstore.codes import SegmentStats
     from tallstore.describing import Description
-    from tallstore.documents import SegmentStats
     from tallstore.loading import Loader
     from tallstore.mask_statistics import MaskStatistics
     from tallstore.mergestream.grid import EvaluateMerge
     from tallstore.mergestream.merge import Merge
     from tallstore.merging import MergeRule
+    from tallstore.packing.codeoptions import CodeOptions
     from tallstore.progress import Report
     from tallstore.specs import TensorSpec
     from tallstore.storesource import StoreSource
@@ -174,6 +175,16 @@ class TallStore:
     def segment_stats(self, task: str) -> Mapping[str, SegmentStats]:
         """Density, relative error and norm of each coded tensor of a task, by name."""
         return self.describe(task).segment_stats()
+
+    def tensor_bits(self, task: str) -> Mapping[str, float]:
+        """Bits a weight that each tensor of a task takes in the file, by name.
+
+        Chunks hold several tensors: their bytes are shared out by the entropy of the codes.
+        """
+        from tallstore.tensorbits import tensor_bits
+
+        held = self._held()
+        return tensor_bits(self.describe(task), lambda number: held.stream(number).stored)
 
     def describe(self, task: str | None = None) -> Description:
         """The documents of the base, or of a task: every tensor, file and part."""
@@ -384,15 +395,18 @@ class TallStore:
         self,
         tasks: Mapping[str, Any],
         *,
+        code: CodeOptions | None = None,
+        like_store: bool = False,
+        exact: bool | None = None,
         overwrite: bool = False,
         strict: bool = True,
         report: Report | None = None,
     ) -> list[str]:
-        """Add tasks, each an exact difference from the base; see `tallstore.add`."""
+        """Add tasks; see `tallstore.add`. Without `code`, as exact differences from the base."""
         from contextlib import ExitStack
 
+        from tallstore.appending import append_tasks
         from tallstore.opening import open_checkpoint
-        from tallstore.writing import append_tasks
 
         self._check_writing()
         with ExitStack() as stack:
@@ -402,6 +416,9 @@ class TallStore:
             notes = append_tasks(
                 self.path,
                 sources,
+                options=code,
+                like_store=like_store,
+                exact=exact,
                 overwrite=overwrite,
                 strict=strict,
                 compress=True,

@@ -7,12 +7,12 @@ Each function is all or nothing. The caller gives open sources; `tallstore.store
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
+from tallstore.catalog import Catalog
 from tallstore.describing import read_base
 from tallstore.documents import BaseDocument
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
@@ -25,27 +25,31 @@ from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import (
     CorruptStoreError,
     StoreExistsError,
-    TaskExistsError,
     UnknownTaskError,
 )
 from tallstore.externalbase import open_external, with_base_at
-from tallstore.matching import match
 from tallstore.packing.base import write_base
 from tallstore.packing.encodings import policy
-from tallstore.packing.files import known_files
-from tallstore.packing.gathering import Candidate
 from tallstore.packing.pack import now
-from tallstore.packing.tasks import Target, encode_tasks
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY
 from tallstore.workers import workers
 
-__all__ = ["append_tasks", "compact_store", "relink_store", "remove_tasks", "write_object"]
+__all__ = [
+    "HeldStore",
+    "commit",
+    "compact_store",
+    "held_for_writing",
+    "relink_store",
+    "remove_tasks",
+    "without_idle_vector",
+    "write_object",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class HeldStore:
     """An existing store held for writing."""
 
     environment: Environment
@@ -61,14 +65,14 @@ class _Open:
 
 
 @contextmanager
-def _writing(path: Path, *, timeout: float) -> Iterator[_Open]:
+def held_for_writing(path: Path, *, timeout: float) -> Iterator[HeldStore]:
     """Lock the store at `path` and hold it for writing."""
     with WriterLock(path, timeout=timeout), _held(path, timeout=timeout) as held:
         yield held
 
 
 @contextmanager
-def _held(path: Path, *, timeout: float) -> Iterator[_Open]:
+def _held(path: Path, *, timeout: float) -> Iterator[HeldStore]:
     """Hold a locked store for writing, rid of what interrupted writes left in it."""
     environment = open_environment(path)
     try:
@@ -79,7 +83,7 @@ def _held(path: Path, *, timeout: float) -> Iterator[_Open]:
         try:
             catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
             reclaim(environment, snapshot.manifest)
-            yield _Open(environment, snapshot, catalog)
+            yield HeldStore(environment, snapshot, catalog)
         finally:
             snapshot.close()
     finally:
@@ -99,7 +103,13 @@ def _snapshot(environment: Environment) -> Snapshot:
         raise
 
 
-def _commit(session: WriteSession, catalog: Catalog) -> None:
+def without_idle_vector(catalog: Catalog) -> Catalog:
+    """Drop the shared vector once no task is coded over it."""
+    return replace(catalog, vector=catalog.used_vector())
+
+
+def commit(session: WriteSession, catalog: Catalog) -> None:
+    """Make a catalog what the store holds."""
     session.commit(catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY)
 
 
@@ -175,96 +185,7 @@ def _fill(session: WriteSession, source: Source, compress: bool, report: Report 
             workers=pool,
             progress=Meter(report).stage("save", total),
         )
-    _commit(session, Catalog(base=record))
-
-
-def append_tasks(
-    path: Path,
-    tasks: Mapping[str, Source],
-    *,
-    overwrite: bool,
-    strict: bool,
-    compress: bool,
-    timeout: float,
-    report: Report | None,
-) -> list[str]:
-    """Add tasks as exact differences from the base; no other task is touched.
-
-    Parameters
-    ----------
-    overwrite
-        Whether a task of the same name is replaced.
-    strict
-        Refuse what is no fine-tune of the base.
-
-    Returns
-    -------
-    list of str
-        Remarks.
-
-    Raises
-    ------
-    TaskExistsError, TaskNameError, MismatchError
-    """
-    for name in tasks:
-        check_task_name(name)
-    with _writing(path, timeout=timeout) as held:
-        catalog, base = held.catalog, held.base()
-        if catalog.base is None:
-            raise CorruptStoreError(f"{path}: the store holds no base")
-        taken = [name for name in tasks if name in catalog.tasks]
-        if taken and not overwrite:
-            raise TaskExistsError(
-                f"{path}: holds a task {taken[0]!r} already; give another name, or "
-                "overwrite=True (--overwrite) to replace it"
-            )
-        targets, notes = [], []
-        for name, source in tasks.items():
-            plan = match(
-                source.label,
-                source.tensors,
-                source.segments,
-                base=base.contents,
-                layout=base.layout,
-                floats_only=False,
-                strict=strict,
-            )
-            notes += [*source.notes, *plan.notes]
-            candidate = Candidate(name, source, plan, base.layout)
-            targets.append(Target(candidate=candidate, tall_lambda=None, exact=True))
-        total = sum(t.candidate.plan.coded for t in targets) * 4
-        room = sum(_size(source) for source in tasks.values())
-        with (
-            WriteSession(held.environment, held.manifest, room=room) as session,
-            workers() as pool,
-        ):
-            records = encode_tasks(
-                session,
-                held.snapshot,
-                base,
-                None,
-                targets,
-                identity=catalog.base.identity,
-                known_files=known_files(held.snapshot, base),
-                created=now(),
-                compress=compress,
-                workers=pool,
-                progress=Meter(report).stage("add", total),
-            )
-            _commit(session, _without_idle_vector(replace_tasks(catalog, records)))
-    return notes
-
-
-def replace_tasks(catalog: Catalog, records: Mapping[str, TaskRecord]) -> Catalog:
-    """The catalog with tasks added or replaced."""
-    return replace(catalog, tasks={**catalog.tasks, **records})
-
-
-def _without_idle_vector(catalog: Catalog) -> Catalog:
-    """Drop the shared vector once no task is coded over it."""
-    used = any(task.code == "tall" for task in catalog.tasks.values())
-    vector: VectorRecord | None = catalog.vector if used else None
-    return replace(catalog, vector=vector)
+    commit(session, Catalog(base=record))
 
 
 def remove_tasks(path: Path, names: Sequence[str], *, timeout: float) -> None:
@@ -275,14 +196,14 @@ def remove_tasks(path: Path, names: Sequence[str], *, timeout: float) -> None:
     UnknownTaskError
         One is not there; nothing was removed.
     """
-    with _writing(path, timeout=timeout) as held:
+    with held_for_writing(path, timeout=timeout) as held:
         for name in names:
             if name not in held.catalog.tasks:
                 known = ", ".join(map(repr, held.catalog.tasks)) or "none"
                 raise UnknownTaskError(f"{path}: no task {name!r}; there are: {known}")
         kept = {n: task for n, task in held.catalog.tasks.items() if n not in names}
         with WriteSession(held.environment, held.manifest) as session:
-            _commit(session, _without_idle_vector(replace(held.catalog, tasks=kept)))
+            commit(session, without_idle_vector(replace(held.catalog, tasks=kept)))
 
 
 def relink_store(path: Path, base: Path, *, timeout: float) -> str:
@@ -295,7 +216,7 @@ def relink_store(path: Path, base: Path, *, timeout: float) -> str:
     WrongBaseError, StoreNotFoundError, NotAStoreError
         The store at `base` does not have it; nothing was changed.
     """
-    with _writing(path, timeout=timeout) as held:
+    with held_for_writing(path, timeout=timeout) as held:
         catalog = with_base_at(path, held.catalog, base)
         document = read_base(held.snapshot, catalog)
         if document.external is None:
@@ -303,7 +224,7 @@ def relink_store(path: Path, base: Path, *, timeout: float) -> str:
         open_external(path, document.external, document).close()
         if catalog != held.catalog:
             with WriteSession(held.environment, held.manifest) as session:
-                _commit(session, catalog)
+                commit(session, catalog)
         return document.external.path
 
 

@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore.codecs import CODECS, PLANES, RAW, ZSTD, Bytes, Codec, zstd
+from tallstore.codecs import CODECS, PLANES, RAW, SPARSE, ZSTD, Bytes, Codec, zstd
 from tallstore.errors import CorruptStoreError
 
 #: Every codec with every parameter it takes, and the bytes its data must be a multiple of.
@@ -18,6 +18,7 @@ VARIANTS: list[tuple[Codec, int, int]] = [
     (RAW, 0, 1),
     (ZSTD, 0, 1),
     *((PLANES, size, size) for size in (1, 2, 4, 8)),
+    (SPARSE, 0, 2),
 ]
 variants = pytest.mark.parametrize(
     ("codec", "parameter", "unit"), VARIANTS, ids=lambda v: getattr(v, "number", v)
@@ -58,6 +59,7 @@ def test_every_codec_is_covered() -> None:
         0: "RawCodec",
         1: "ZstdCodec",
         2: "PlanesCodec",
+        3: "SparseCodec",
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
+from tallstore.cli.coding import coding_options, coding_values
 from tallstore.cli.options import (
     examples,
     json_option,
@@ -20,18 +22,43 @@ from tallstore.cli.zoo import read_tasks, split_store
 
 __all__ = ["add"]
 
-_WHY = (
-    "Stored as exact differences from the base, without masks: a mask only serves tasks\n"
-    "that the shared vector was merged from. Pack all originals again for masks."
+_EXACT = (
+    "Exact differences from the base, without masks: a mask only serves tasks that the\n"
+    "shared vector was merged from. --code tall merges and masks the whole store anew;\n"
+    "--code signs, seeded, levels or auto code a newcomer by itself."
 )
 
 
 @click.command(
     epilog=examples(
         "tallstore add zoo.tall law=law/ chemistry=chemistry.safetensors",
+        "tallstore add zoo.tall law=law/ --code signs --density 5%",
+        "tallstore add zoo.tall law=law/ --exact",
     )
 )
 @click.argument("items", metavar="STORE NAME=PATH...", nargs=-1, required=True, type=click.Path())
+@coding_options(
+    "density",
+    "bits",
+    "over",
+    "gain",
+    "seed",
+    "bits_per_weight",
+    "max_error",
+    extra=("exact",),
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Keep the exact tier too; of a task that is there as codes, restore it.",
+)
+@click.option(
+    "--original",
+    "originals",
+    metavar="NAME=PATH",
+    multiple=True,
+    help="With --code tall: the original of a task that has no exact tier.",
+)
 @overwrite_option
 @yes_option
 @timeout_option
@@ -40,16 +67,21 @@ _WHY = (
 def add(
     *,
     items: tuple[str, ...],
+    code: str | None,
+    exact: bool,
+    originals: tuple[str, ...],
     overwrite: bool,
     yes: bool,
     timeout: float,
     as_json: bool,
     quiet: bool,
+    **coding: Any,
 ) -> None:
-    """Add tasks to a store, as exact differences from its base.
+    """Add tasks to a store, coded as its own are.
 
-    No masks are made: a mask only serves tasks that the shared vector was merged from. No
-    other task is touched.
+    Or as --code says. Where the store's tasks have masks, newcomers are kept as exact
+    differences from the base. No other task is touched, but by --code tall, which merges and
+    masks all of them anew: from their exact tiers, or from --original.
     """
     place, rest = split_store(items)
     if not rest:
@@ -57,11 +89,20 @@ def add(
     tasks = read_tasks(rest)
     if overwrite:
         _may_replace(place, tasks, yes=yes)
-    from tallstore import api
+    from tallstore import recoding
 
+    given = read_tasks(list(originals)) if originals else None
     with Progress(quiet=quiet) as progress:
-        remarks = api.add(
-            place, tasks, overwrite=overwrite, timeout=timeout, report=progress.report
+        remarks = recoding.add(
+            place,
+            tasks,
+            code=code,
+            exact=True if exact else None,
+            originals=given,
+            overwrite=overwrite,
+            timeout=timeout,
+            report=progress.report,
+            **coding_values(coding),
         )
     _report(place, list(tasks), remarks, as_json=as_json, quiet=quiet)
 
@@ -95,11 +136,15 @@ def _report(
             }
         )
         return
-    table = Table("task", "stored", "bits/weight", "original")
+    table = Table("task", "stored", "bits/weight", "kept as", "original")
     for task in found:
-        original = size(task["original_bytes"])
         table.add(
-            task["task"], size(task["stored_bytes"]), number(task["bits_per_weight"]), original
+            task["task"],
+            size(task["stored_bytes"]),
+            number(task["bits_per_weight"]),
+            task["kept_as"],
+            size(task["original_bytes"]),
         )
     table.echo()
-    click.echo(_WHY)
+    if any(task["code"] == "none" for task in found):
+        click.echo(_EXACT)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tallstore.store import TallStore
 
-__all__ = ["base_facts", "kept_as", "store_facts", "task_facts", "tasks_facts", "tensor_facts"]
+__all__ = ["base_facts", "store_facts", "task_facts", "tasks_facts", "tensor_facts"]
 
 
 def _bits(nbytes: int, weights: int) -> float | None:
@@ -21,7 +21,7 @@ def task_facts(store: TallStore, name: str) -> dict[str, Any]:
     stored = store.stored_bytes(name)
     return {
         "task": name,
-        "kept_as": kept_as(record.code, exact=record.exact),
+        "kept_as": record.kept_as,
         "stored_bytes": stored,
         "original_bytes": record.nbytes,
         "bits_per_weight": _bits(stored, record.weights),
@@ -32,6 +32,8 @@ def task_facts(store: TallStore, name: str) -> dict[str, Any]:
         "relative_error": record.relative_error,
         "score": record.score,
         "exact": record.exact,
+        "parameters": dict(record.parameters) if record.parameters else None,
+        "over_shared_vector": record.uses_vector,
         "tensors": record.tensors,
         "weights": record.weights,
         "coded_weights": record.coded,
@@ -41,12 +43,6 @@ def task_facts(store: TallStore, name: str) -> dict[str, Any]:
         "base": record.base,
         "created": record.created,
     }
-
-
-def kept_as(code: str, *, exact: bool) -> str:
-    """``"masks"``, ``"exact"``, or both."""
-    words = (["masks"] if code == "tall" else []) + (["exact"] if exact else [])
-    return " + ".join(words) or code
 
 
 def tasks_facts(store: TallStore, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -111,6 +107,7 @@ def tensor_facts(store: TallStore, task: str | None) -> list[dict[str, Any]]:
     """Every tensor of a task, or of the base."""
     described = store.describe(task)
     stats = described.segment_stats()
+    bits = store.tensor_bits(task) if task is not None else {}
     rows = []
     for tensor in described.contents.tensors:
         found = stats.get(tensor.name)
@@ -123,6 +120,10 @@ def tensor_facts(store: TallStore, task: str | None) -> list[dict[str, Any]]:
                 "density": None if found is None else found.density,
                 "relative_error": None if found is None else found.relative_error,
                 "moved": None if found is None else found.moved,
+                "gain": None if found is None else found.gain,
+                "cosine": None if found is None else found.cosine,
+                "code": described.code_of(tensor),
+                "bits_per_weight": bits.get(tensor.name),
             }
         )
     return rows

@@ -55,14 +55,15 @@ def _task(store: TallStore, task: str) -> dict[str, Any]:
 
     described = store.describe(task)  # first: it names the tasks there are
     files = [file.path for file in described.contents.files if file.path != METADATA_FILE]
-    return {"store": str(store.path), **task_facts(store, task), "files": files}
+    overall = {"gain": described.gain, "cosine": described.cosine}
+    return {"store": str(store.path), **task_facts(store, task), **overall, "files": files}
 
 
 def _exactly(nbytes: int) -> str:
     return f"{size(nbytes)} ({nbytes:,} bytes)"
 
 
-def _parameters(found: dict[str, Any]) -> str:
+def _parameters(found: dict[str, Any] | None) -> str:
     return f", {json.dumps(found)}" if found else ""
 
 
@@ -103,10 +104,16 @@ def _store_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _task_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
     coded, weights, own = facts["coded_weights"], facts["weights"], facts["own_weights"]
-    lossless = "bit for bit" if facts["exact"] else "an approximation (masks alone are lossy)"
-    of_masks = " (of the masks alone)" if facts["exact"] else ""
+    masked = facts["code"] == "tall"
+    what = "masks" if masked else "codes"
+    lossless = "bit for bit" if facts["exact"] else f"an approximation ({what} alone are lossy)"
+    of_codes = f" (of the {what} alone)" if facts["exact"] else ""
     error = facts["relative_error"]
-    masks = f"{facts['planes']} bit a weight" if facts["code"] == "tall" else "none"
+    planes = facts["planes"]
+    code = {"none": "none", "tall": f"masks, {planes} bit a weight"}.get(
+        facts["code"], f"{facts['code']}{_parameters(facts['parameters'])}"
+    )
+    gain, cosine = facts.get("gain"), facts.get("cosine")
     return [
         ("task", facts["task"]),
         ("kept as", facts["kept_as"]),
@@ -116,10 +123,12 @@ def _task_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{weights:,} in {facts['tensors']} tensors"),
         ("coded", f"{coded:,} weights, {percent(coded, weights)}"),
         ("kept whole", f"{own:,} weights (heads, what the base lacks)" if own else "none"),
-        ("masks", masks),
+        ("code", code),
         ("tall lambda", number(facts["tall_lambda"])),
         ("density", number(facts["density"], 4)),
-        ("relative error", "" if error is None else f"{error:.4f}{of_masks}"),
+        ("relative error", "" if error is None else f"{error:.4f}{of_codes}"),
+        ("gain", "" if gain is None else f"{gain:.4f}"),
+        ("cosine", "" if cosine is None else f"{cosine:.4f}"),
         ("score", number(facts["score"], 4)),
         ("files", ", ".join(facts["files"])),
         ("from", f"{facts['label']} ({facts['kind']}), {facts['created']}"),
@@ -128,10 +137,11 @@ def _task_pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tensor_table(rows: list[dict[str, Any]], *, coded: bool) -> Table:
-    titles = ("kept", "density", "rel. error") if coded else ()
+    titles = ("kept", "bits", "density", "rel. error", "cosine", "gain") if coded else ()
     table = Table("tensor", "dtype", "shape", *titles, name_last=True)
     for row in rows:
         shape = "x".join(map(str, row["shape"])) or "scalar"
-        cells = (row["kept"], number(row["density"]), number(row["relative_error"]))
+        names = ("bits_per_weight", "density", "relative_error", "cosine", "gain")
+        cells = (row["code"] or row["kept"], *(number(row[name]) for name in names))
         table.add(row["name"], row["dtype"], shape, *(cells if coded else ()))
     return table

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import click
 
+from tallstore.cli.coding import coding_options, coding_values
 from tallstore.cli.merge import RULE_NAMES
 from tallstore.cli.options import (
     device_option,
@@ -22,7 +23,10 @@ from tallstore.cli.progressbar import Progress
 from tallstore.cli.zoo import read_tasks, split_store
 from tallstore.errors import StoreExistsError
 
-__all__ = ["MASKLESS", "pack"]
+__all__ = ["MASKLESS", "VECTOR_DTYPES", "pack", "report_pack"]
+
+#: `tallstore.packing.pack.VECTOR_DTYPES`, without its imports; a test compares them.
+VECTOR_DTYPES: Final = ("bfloat16", "float16", "float32", "int8", "int4")
 
 #: The rules that need no masks: those are made for the vector.
 MASKLESS: Final = tuple(name for name in RULE_NAMES if not name.startswith("consensus"))
@@ -33,6 +37,7 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     epilog=examples(
         "tallstore pack zoo.tall --base base/ math=math/ code=code.safetensors",
         "tallstore pack zoo.tall --base base/ --exact fine-tunes/",
+        "tallstore pack zoo.tall --base base/ --code auto --bits-per-weight 0.15 fine-tunes/",
         "tallstore pack more.tall --external-base zoo.tall others/",
     )
 )
@@ -44,13 +49,15 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     type=click.Path(),
     help="In place of --base: refer to the base of another store, which has to stay.",
 )
+@coding_options(
+    "density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep", "evaluate"
+)
 @click.option(
     "--merge",
     type=click.Choice(MASKLESS),
-    default="ta",
-    show_default=True,
     metavar="RULE",
-    help=f"Shared vector: the sum of the task vectors (ta), ties, or {', '.join(_OTHERS)}.",
+    help="Shared vector: the sum of the task vectors (ta, the default), ties, or "
+    f"{', '.join(_OTHERS)}.",
 )
 @click.option(
     "--tall-lambda",
@@ -60,7 +67,7 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
 )
 @click.option(
     "--vector-dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(VECTOR_DTYPES),
     default="bfloat16",
     show_default=True,
     help="How the shared vector is kept.",
@@ -78,7 +85,8 @@ def pack(
     items: tuple[str, ...],
     base: str | None,
     external_base: str | None,
-    merge: str,
+    code: str | None,
+    merge: str | None,
     tall_lambda: float | None,
     vector_dtype: str,
     exact: bool,
@@ -89,12 +97,13 @@ def pack(
     timeout: float,
     as_json: bool,
     quiet: bool,
+    **coding: Any,
 ) -> None:
     """Pack a base and its fine-tunes into a new store.
 
     Tasks are given as NAME=PATH, as bare paths (the name is the file's, without its suffix),
     or as a directory of checkpoints. One shared vector and one bit per weight and task are
-    kept; that is lossy. With --exact the residual is kept too.
+    kept, or what --code says; that is lossy. With --exact the originals are kept too.
     """
     place, rest = split_store(items)
     if not rest:
@@ -110,6 +119,7 @@ def pack(
             place,
             base,
             tasks,
+            code=code or "tall",
             merge=merge,
             tall_lambda=tall_lambda,
             vector_dtype=vector_dtype,
@@ -120,8 +130,9 @@ def pack(
             overwrite=overwrite,
             timeout=timeout,
             report=progress.report,
+            **coding_values(coding),
         )
-    _report(place, remarks, as_json=as_json, quiet=quiet)
+    report_pack(place, remarks, as_json=as_json, quiet=quiet)
 
 
 def _may_replace(place: str, *, overwrite: bool, yes: bool) -> None:
@@ -139,7 +150,8 @@ def _may_replace(place: str, *, overwrite: bool, yes: bool) -> None:
         ask(f"Replace {place}, which holds {len(store.tasks)} tasks ({names})?", yes=yes)
 
 
-def _report(place: str, remarks: list[str], *, as_json: bool, quiet: bool) -> None:
+def report_pack(place: str, remarks: list[str], *, as_json: bool, quiet: bool) -> None:
+    """Print what a store holds that was just packed."""
     from tallstore.cli.facts import store_facts
     from tallstore.store import TallStore
 
@@ -152,7 +164,8 @@ def _report(place: str, remarks: list[str], *, as_json: bool, quiet: bool) -> No
         return
     _table(facts).echo()
     click.echo(_summary(facts))
-    click.echo(_fidelity(lossy=bool(lossy)))
+    masks = all(task["code"] == "tall" for task in facts["tasks"])
+    click.echo(_fidelity(lossy=bool(lossy), masks=masks))
 
 
 def _table(facts: dict[str, Any]) -> Table:
@@ -188,14 +201,15 @@ def _summary(facts: dict[str, Any]) -> str:
     )
 
 
-def _fidelity(*, lossy: bool) -> str:
+def _fidelity(*, lossy: bool, masks: bool) -> str:
+    what = "Masks" if masks else "Codes"
     if lossy:
         return (
-            "Masks alone are lossy: a task loads as an approximation, whose error is relative\n"
+            f"{what} alone are lossy: a task loads as an approximation, whose error is relative\n"
             "to the change that fine-tuning made. --exact keeps the residual, and with it the\n"
             "originals bit for bit."
         )
     return (
-        "Exact: every task loads bit for bit as it was. The error is that of the masks\n"
+        f"Exact: every task loads bit for bit as it was. The error is that of the {what.lower()}\n"
         "alone, which the residual makes good."
     )

@@ -16,9 +16,11 @@ from tallstore.cli.merge import merge
 from tallstore.cli.options import examples
 from tallstore.cli.pack import pack
 from tallstore.cli.relink import relink
+from tallstore.cli.repack import repack
 from tallstore.cli.report import report
 from tallstore.cli.rm import rm
 from tallstore.cli.stats import stats
+from tallstore.cli.strip import strip
 from tallstore.cli.unpack import unpack
 from tallstore.cli.verify import verify
 from tallstore.version import __version__
@@ -64,6 +66,8 @@ for _command in (
     merge,
     verify,
     rm,
+    repack,
+    strip,
     relink,
     compact,
     doctor,

@@ -257,7 +257,7 @@ class _Merging:
 
     def store(self, loader: MergedLoader, name: str, overwrite: bool, timeout: float) -> None:
         """A task of the same store, an exact difference from the base."""
-        from tallstore.writing import append_tasks
+        from tallstore.appending import append_tasks
 
         with MergedSource(loader, label=loader.what) as source:
             append_tasks(

@@ -8,7 +8,7 @@ import torch
 from tallstore.codecs import Bytes
 from tallstore.devices import Desk, on_device
 from tallstore.dtypes import itemsize, torch_dtype
-from tallstore.ops import TALL_LEVELS, add_residual, choose_backend, reconstruct
+from tallstore.ops import add_residual, choose_backend, reconstruct
 
 __all__ = ["DeviceWeights"]
 
@@ -31,7 +31,8 @@ class DeviceWeights:
         self,
         out: Bytes,
         base: tuple[Bytes, str],
-        planes: Bytes | None,
+        codes: tuple[Bytes, int] | None,
+        levels: tuple[torch.Tensor, torch.Tensor | None] | None,
         vector: tuple[Bytes, str] | None,
         residual: Bytes | None,
         dtype: str,
@@ -42,8 +43,10 @@ class DeviceWeights:
         ----------
         base, vector
             Their bytes and dtypes.
-        planes
-            One packed plane, for TALL levels; None: the base alone.
+        codes
+            Packed planes, one after the other, and how many; None: the base alone.
+        levels
+            Of the codes: the table, and the row of each block.
         residual
             The exact tier's; None: leave it out.
         """
@@ -51,12 +54,16 @@ class DeviceWeights:
         with on_device(self._device, "reconstructing a task"), desk.working():
             there = desk.upload("base", base[0], torch_dtype(base[1]))
             made = desk.room("made", there.numel() * itemsize(dtype)).view(torch_dtype(dtype))
-            plane = step = None
-            if planes is not None and vector is not None:
-                plane = desk.upload("planes", planes, torch.uint8).unsqueeze(0)
-                step = desk.upload("vector", vector[0], torch_dtype(vector[1]))
-            levels = (1.0,) if plane is None else TALL_LEVELS
-            reconstruct(there, plane, step, levels, made, backend=self._backend)
+            planes = step = rows = None
+            table = torch.ones(1, 1)
+            if codes is not None and levels is not None:
+                planes = desk.upload("planes", codes[0], torch.uint8).view(codes[1], -1)
+                table, rows = levels
+                if vector is not None:
+                    step = desk.upload("vector", vector[0], torch_dtype(vector[1]))
+            if rows is not None:
+                rows = rows.to(self._device)
+            reconstruct(there, planes, step, table, made, rows=rows, backend=self._backend)
             if residual is not None:
                 zigzag = desk.upload("residual", residual, torch.uint8)
                 add_residual(made, zigzag, made, backend=self._backend)

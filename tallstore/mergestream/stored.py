@@ -13,9 +13,10 @@ import numpy.typing as npt
 from tallstore.bits import packed_size, unpack_bits
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codes import ArenaCode
 from tallstore.coding import add_residual, to_float32
 from tallstore.decoding import Decoder
-from tallstore.documents import BASE, CODE, ArenaCode, BaseDocument, Part, TaskDocument
+from tallstore.documents import BASE, CODE, BaseDocument, Part, TaskDocument
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import SPAN
@@ -81,9 +82,12 @@ def merged_parts(document: TaskDocument, base: BaseDocument) -> Iterator[tuple[i
 class _Task:
     """A task, and which of the base's weights it has."""
 
-    def __init__(self, name: str, document: TaskDocument, base: BaseDocument) -> None:
+    def __init__(
+        self, name: str, document: TaskDocument, base: BaseDocument, decoder: Decoder
+    ) -> None:
         self.name = name
         self.document = document
+        self.decoder = decoder
         self.codes = {code.arena: code for code in document.codes}
         #: By arena, what it has in a code of its own.
         self.coded: dict[int, _Ranges] = defaultdict(_Ranges)
@@ -140,19 +144,26 @@ class StoreFeed:
         self.layout = base.layout
         self.shapes: Shapes = shapes(base.contents.tensors, base.contents.segments)
         self.tasks = tuple(tasks)
-        self.stored = [_Task(name, document, base) for name, document in tasks.items()]
-        for task in self.stored:
-            # For the sake of its checks: streams as long as their arenas.
-            Decoder(snapshot, base, task=task.document, vector=vector)
+        self.scratch = Scratch()
+        # One thread uses the decoders one after another, so they can share.
+        shared_scratch = Scratch()
+        self.stored = [
+            _Task(
+                name,
+                document,
+                base,
+                Decoder(snapshot, base, task=document, vector=vector, scratch=shared_scratch),
+            )
+            for name, document in tasks.items()
+        ]
         self.arenas = [n for n, arena in enumerate(self.layout.arenas) if is_codable(arena.dtype)]
         self.snapshot = snapshot
         self.vector = vector
         self.wants_masks = masks
         self.shared = shared
         self.device = device
-        self.scratch = Scratch()
         needed = shared is not None or any(
-            code.planes is not None for task in self.stored for code in task.codes.values()
+            code.shared and code.coded for task in self.stored for code in task.codes.values()
         )
         self.decoder = Decoder(snapshot, base, vector=vector if needed else None)
 
@@ -192,34 +203,31 @@ class StoredSpan:
             code = task.codes.get(arena)
             within = task.within(arena, self._place, self._place + self.count)
             planes = tuned = None
-            if code is not None and within and (feed.wants_masks or feed.shared is None):
-                planes = self._chunk(code.planes, span, f"planes {number}")
+            if code is not None and within and feed.wants_masks and code.planes is not None:
+                planes = feed.scratch.take(f"planes {number}", self.count // 8)
+                task.decoder.planes(arena, span, planes)
             if code is not None and within and feed.shared is None:
-                tuned = self._weights(number, code, span, planes)
+                tuned = self._weights(number, task, code, span)
             self._planes.append(planes)
             self._tuned.append(tuned)
 
-    def _chunk(self, stream: int | None, span: int, name: str) -> Bytes | None:
-        if stream is None:
-            return None
-        record = self._feed.snapshot.stream(stream)
-        out = self._feed.scratch.take(name, record.raw_size(span))
-        self._feed.snapshot.read_chunk(record, span, out)
-        return out
-
-    def _weights(self, number: int, code: ArenaCode, span: int, planes: Bytes | None) -> Bytes:
+    def _weights(self, number: int, task: _Task, code: ArenaCode, span: int) -> Bytes:
         """A task's weights over the span, in its dtype, as loading gives them."""
-        feed = self._feed
-        residual = self._chunk(code.exact, span, "residual")
+        feed, arena = self._feed, self._arena
+        codes = task.decoder.codes(arena, span, feed.scratch.take)
+        residual = task.decoder.residual(arena, span)
         if feed.device is not None:
             out = feed.scratch.take(f"weights {number}", self.count * itemsize(code.dtype))
             shared = None
-            if self._vector is not None and feed.vector is not None:
-                shared = self._vector, feed.vector.dtype
+            if self._vector is not None and feed.vector is not None and code.shared:
+                shared = self._vector, feed.vector.decoded_dtype
+            levels = None
+            if codes is not None:
+                levels = task.decoder.levels(arena).table, task.decoder.rows(arena, span)
             base = self.base, self.dtype
-            feed.device.fill(out, base, planes, shared, residual, code.dtype)
+            feed.device.fill(out, base, codes, levels, shared, residual, code.dtype)
             return out
-        predicted = feed.decoder.predict(self._arena, self.base, self._vector, planes, code.dtype)
+        predicted = task.decoder.predict(arena, span, self.base, self._vector, codes, code.dtype)
         if residual is not None:
             predicted = add_residual(predicted, residual, code.dtype)
         out = feed.scratch.take(f"weights {number}", predicted.size)
@@ -267,8 +275,8 @@ class StoredSpan:
         record = self._feed.vector
         if self._vector is None or record is None:
             return np.zeros(stop - start, np.float32)
-        width = itemsize(record.dtype)
-        values = to_float32(self._vector[start * width : stop * width], record.dtype)
+        width = itemsize(record.decoded_dtype)
+        values = to_float32(self._vector[start * width : stop * width], record.decoded_dtype)
         shared: Floats = values / np.float32(self._feed.shared or 1)
         return shared
 

@@ -15,6 +15,7 @@ from tallstore.merging.average import Average
 from tallstore.merging.breadcrumbs import Breadcrumbs, breadcrumbs_rows
 from tallstore.merging.consensus import Consensus, consensus_ta, consensus_ties
 from tallstore.merging.dare import Dare, dare_ta, dare_ties
+from tallstore.merging.profile import Profile
 from tallstore.merging.rule import Floats, MergeRule, Scope, Stretch
 from tallstore.merging.sce import Sce
 from tallstore.merging.task_arithmetic import TaskArithmetic
@@ -29,6 +30,7 @@ __all__ = [
     "Dare",
     "Floats",
     "MergeRule",
+    "Profile",
     "Recipe",
     "Sce",
     "Scope",

@@ -17,6 +17,7 @@ from tallstore.ops.counting import (
 )
 from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
 from tallstore.ops.placed import Places, place, reconstruct_placed
+from tallstore.ops.quantized import dequantize
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
 from tallstore.ops.residual import add_residual
 from tallstore.ops.sparse import (
@@ -49,6 +50,7 @@ __all__ = [
     "compress_planes",
     "count_uses",
     "density",
+    "dequantize",
     "encode_levels",
     "encode_tall",
     "expand_sparse",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import torch
 
+from tallstore.codes import TALL_LEVELS
 from tallstore.errors import MismatchError
 from tallstore.layout import BLOCK
 from tallstore.ops import cpu
@@ -15,9 +15,6 @@ from tallstore.ops.checks import check_planes, check_rows, check_table, check_we
 from tallstore.scratch import Scratch
 
 __all__ = ["TALL_LEVELS", "reconstruct"]
-
-#: Levels of a TALL mask: a weight takes the shared vector or leaves it.
-TALL_LEVELS: Final = (0.0, 1.0)
 
 
 def reconstruct(

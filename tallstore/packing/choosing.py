@@ -13,18 +13,29 @@ import torch
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codes import TALL_LEVELS
 from tallstore.coding import CodeStats
-from tallstore.decoding import Decoder
+from tallstore.decoding import Decoder, predict
 from tallstore.documents import CODE, BaseDocument
-from tallstore.dtypes import is_codable, itemsize
+from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.objects import assemble, build_tensor
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks
+from tallstore.scratch import Scratch
+from tallstore.sources.source import Source
 from tallstore.workers import Workers
 
-__all__ = ["DEFAULT_TALL_LAMBDA", "Evaluate", "check_lambdas", "choose_lambda"]
+__all__ = [
+    "DEFAULT_TALL_LAMBDA",
+    "Evaluate",
+    "check_lambdas",
+    "choose_lambda",
+    "read_memory",
+    "score_of",
+    "state_of",
+]
 
 #: Where nobody chooses: the best of 0.2 .. 0.6 on validation data over real fine-tunes, and the
 #: middle of the paper's grid. `bench/tall_lambda.py` measures it.
@@ -79,7 +90,7 @@ def choose_lambda(
     best: tuple[float, float] | None = None
     for value in lambdas:
         state = _reconstruct(snapshot, base, vector, candidate, value, masks, workers)
-        score = _score(evaluate, candidate.name, state, value)
+        score = score_of(evaluate, candidate.name, state, f"lambda {value}")
         if best is None or score > best[1]:
             best = (value, score)
     if best is None:
@@ -87,18 +98,47 @@ def choose_lambda(
     return best
 
 
-def _score(evaluate: Evaluate, task: str, state: Any, value: float) -> float:
+def score_of(evaluate: Evaluate, task: str, state: Any, what: str) -> float:
+    """What `evaluate` gives.
+
+    Parameters
+    ----------
+    what
+        What the weights are, for messages: ``"lambda 0.4"``.
+
+    Raises
+    ------
+    OptionError
+        It raised, or gave something that is no number.
+    """
     try:
         score = float(evaluate(task, state))
     except TallstoreError:
         raise
     except Exception as exc:
         raise OptionError(
-            f"evaluate({task!r}, ...) failed at lambda {value}: {type(exc).__name__}: {exc}"
+            f"evaluate({task!r}, ...) failed at {what}: {type(exc).__name__}: {exc}"
         ) from exc
     if math.isnan(score):
-        raise OptionError(f"evaluate({task!r}, ...) gave NaN at lambda {value}; give a number")
+        raise OptionError(f"evaluate({task!r}, ...) gave NaN at {what}; give a number")
     return score
+
+
+def read_memory(source: Source) -> list[Bytes]:
+    """The bytes of all segments of a checkpoint."""
+    memory = [np.empty(segment.nbytes, np.uint8) for segment in source.segments]
+    for segment, flat in enumerate(memory):
+        if flat.size:
+            source.read(segment, 0, flat)
+    return memory
+
+
+def state_of(source: Source, memory: Sequence[Bytes]) -> Any:
+    """The object that a checkpoint holds, over the bytes of its segments."""
+    tensors = [
+        build_tensor(spec, torch.from_numpy(memory[spec.segment])) for spec in source.tensors
+    ]
+    return assemble(source.tree, tensors)
 
 
 def _reconstruct(
@@ -113,10 +153,7 @@ def _reconstruct(
     """The task as masks of one lambda would give it back, in memory."""
     decoder = Decoder(snapshot, base, vector=vector)
     source = candidate.source
-    memory = [np.empty(segment.nbytes, np.uint8) for segment in source.segments]
-    for segment, flat in enumerate(memory):
-        if flat.size:
-            source.read(segment, 0, flat)
+    memory = read_memory(source)
     spans = [
         (arena, span)
         for arena in candidate.arenas()
@@ -124,6 +161,8 @@ def _reconstruct(
         for span in range(base.layout.arenas[arena].spans)
     ]
 
+    levels = torch.tensor([TALL_LEVELS], dtype=torch.float32)
+    scratch = Scratch()
     stats: dict[int, CodeStats] = defaultdict(CodeStats)
     lock = threading.Lock()
 
@@ -134,14 +173,18 @@ def _reconstruct(
         if vector_bytes is None:
             return
         planes, found, _ = masks(
-            candidate, arena, place, base_bytes, vector_bytes, vector.dtype, tall_lambda
+            candidate, arena, place, base_bytes, vector_bytes, vector.decoded_dtype, tall_lambda
         )
         with lock:
             for segment, sums in found:
                 stats[segment].add(sums)
         dtype = candidate.plan.dtypes[arena]
-        predicted = decoder.predict(arena, base_bytes, vector_bytes, planes, dtype)
-        count = base_bytes.size // itemsize(base.layout.arenas[arena].dtype)
+        base_dtype = base.layout.arenas[arena].dtype
+        count = base_bytes.size // itemsize(base_dtype)
+        predicted = np.empty(count * itemsize(dtype), np.uint8)
+        step = torch.from_numpy(vector_bytes).view(torch_dtype(vector.decoded_dtype))
+        rows = planes[None]
+        predict(base_bytes, base_dtype, rows, step, levels, None, predicted, dtype, scratch)
         _scatter(candidate, arena, place, count, predicted, memory)
 
     for _ in workers.each(rebuild, spans):
@@ -151,10 +194,7 @@ def _reconstruct(
             sums = stats.get(part.segment) if part.kind == CODE else None
             if sums is not None and (sums.same or not sums.finite):
                 source.read(segment, 0, memory[segment])  # loads as it is: equal, or not finite
-    tensors = [
-        build_tensor(spec, torch.from_numpy(memory[spec.segment])) for spec in source.tensors
-    ]
-    return assemble(source.tree, tensors)
+    return state_of(source, memory)
 
 
 def _scatter(

@@ -165,6 +165,6 @@ def _stats(item: Held, sums: TallSums, row: int) -> CodeStats:
         int(sums.ones[row]),
         float(sums.moved[row]),
         float(sums.error[row]),
-        bool(sums.same[row]),
-        bool(sums.finite[row]),
+        same=bool(sums.same[row]),
+        finite=bool(sums.finite[row]),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
 from tallstore.devices import wanted_device
@@ -20,16 +21,27 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import EmptyZooError, MismatchError, OptionError, StoreExistsError
 from tallstore.layout import lay_out
+from tallstore.loading import Loader
 from tallstore.matching import match
 from tallstore.mergestream.survey import survey
-from tallstore.merging import MergeRule, merge_rule
+from tallstore.merging import MergeRule, Profile, merge_rule
 from tallstore.packing.base import refer_to_base, write_base
-from tallstore.packing.choosing import Evaluate, check_lambdas, choose_lambda
+from tallstore.packing.choosing import (
+    Evaluate,
+    check_lambdas,
+    choose_lambda,
+    read_memory,
+    score_of,
+    state_of,
+)
+from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
-from tallstore.packing.masks import SpanMasks, masks_on
-from tallstore.packing.tasks import Target, encode_tasks
+from tallstore.packing.masks import SpanMasks, masks_on, tall_span
+from tallstore.packing.planning import Planner
+from tallstore.packing.target import Target
+from tallstore.packing.tasks import encode_tasks
 from tallstore.packing.vector import CandidateFeed, write_vector
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
@@ -39,7 +51,10 @@ from tallstore.workers import Workers, workers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["now", "pack_zoo"]
+__all__ = ["VECTOR_DTYPES", "now", "pack_zoo"]
+
+#: How the shared vector can be kept.
+VECTOR_DTYPES: Final = (*sorted(CODABLE), "int8", "int4")
 
 
 def now() -> str:
@@ -47,8 +62,20 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _rule(merge: str | MergeRule, tasks: Sequence[str]) -> MergeRule:
-    rule = merge_rule(merge)
+def _rule(
+    merge: str | MergeRule | None, tasks: Sequence[str], options: CodeOptions
+) -> MergeRule | None:
+    """What makes the shared vector; None where the codes need none."""
+    if not options.shared:
+        if merge is not None:
+            raise OptionError(
+                f"merge={merge!r}: code={options.code!r} has no shared vector to merge; "
+                "code='tall' and over='shared' have"
+            )
+        return None
+    if options.code == "levels" and merge in (None, "profile"):
+        return Profile()
+    rule = merge_rule("ta" if merge is None else merge)
     if rule.masks:
         raise OptionError(
             f"merge={rule.name!r}: it takes stored masks, which are made for a shared vector; pack "
@@ -94,7 +121,8 @@ def pack_zoo(
     base: Source,
     tasks: Mapping[str, Source],
     *,
-    merge: str | MergeRule = "ta",
+    merge: str | MergeRule | None = None,
+    options: CodeOptions | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
     vector_dtype: str = "bfloat16",
@@ -105,13 +133,21 @@ def pack_zoo(
     overwrite: bool = False,
     timeout: float = 60.0,
     report: Report | None = None,
+    locked: bool = False,
+    before_publishing: Callable[[], None] | None = None,
 ) -> list[str]:
     """Write a new store from a base and its fine-tunes; see `tallstore.pack`.
 
     Parameters
     ----------
+    options
+        How tasks are coded; TALL masks if None.
     external
         Refer to the base there, which `base` reads, in place of writing its elements.
+    locked
+        Whether the caller has the lock of writers to `path`.
+    before_publishing
+        Called once all is written, before the file takes its place.
 
     Returns
     -------
@@ -120,13 +156,21 @@ def pack_zoo(
     """
     if not tasks:
         raise EmptyZooError(f"{path}: no tasks to pack; give NAME=PATH, or a directory of them")
-    if vector_dtype not in CODABLE:
-        raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(sorted(CODABLE))}")
-    rule = _rule(merge, list(tasks))
+    if vector_dtype not in VECTOR_DTYPES:
+        raise OptionError(f"vector_dtype={vector_dtype!r}: {', '.join(VECTOR_DTYPES)}")
+    options = CodeOptions() if options is None else options
+    rule = _rule(merge, list(tasks), options)
     lambdas = check_lambdas(tall_lambda, evaluate=evaluate is not None)
-    masks = masks_on(wanted_device(device))
+    if options.code != "tall" and tall_lambda is not None:
+        raise OptionError(f"tall_lambda={tall_lambda}: it is for code='tall'")
+    on = wanted_device(device)
+    if options.code != "tall" and on.type != "cpu":
+        raise OptionError(
+            f"device={device}: code={options.code!r} is encoded on the CPU; leave device= away"
+        )
+    masks = masks_on(on)
     candidates = _candidates(base, tasks)
-    with WriterLock(path, timeout=timeout):
+    with nullcontext() if locked else WriterLock(path, timeout=timeout):
         if path.exists() and not overwrite:
             raise StoreExistsError(f"{path}: there already; remove it, or pack to another path")
         new = NewFile(path)
@@ -134,12 +178,51 @@ def pack_zoo(
             with workers() as pool:
                 packing = _Packing(new, base, candidates, pool, Meter(report), external)
                 packing.base_and_vector(rule, vector_dtype, policy(compress))
-                packing.tasks(lambdas, evaluate, masks, exact=exact)
-            new.publish(timeout=timeout)
+                remarks: list[str] = []
+                if options.code == "tall":
+                    packing.masks(lambdas, evaluate, masks, exact=exact)
+                else:
+                    remarks = packing.codes(options, evaluate, exact=exact)
+            if before_publishing is not None:
+                before_publishing()
+            _publish(
+                new, path, tried=options.code != "tall" and evaluate is not None, timeout=timeout
+            )
         finally:
             new.discard()
     notes = [note for candidate in candidates for note in candidate.plan.notes]
-    return [*base.notes, *(n for s in tasks.values() for n in s.notes), *notes]
+    return [*base.notes, *(n for s in tasks.values() for n in s.notes), *notes, *remarks]
+
+
+def _publish(new: NewFile, path: Path, *, tried: bool, timeout: float) -> None:
+    """Put the new file in its place; without the room of what was tried, where anything was."""
+    if not tried:
+        new.publish(timeout=timeout)
+        return
+    small = NewFile(path)
+    try:
+        small.copy_of(new.environment)
+        small.publish(timeout=timeout)
+    finally:
+        small.discard()
+
+
+class _Trial:
+    """Scores targets by writing them into the new file; see `tallstore.packing.planning.Trial`."""
+
+    def __init__(self, packing: _Packing, snapshot: Snapshot, evaluate: Evaluate) -> None:
+        self._packing = packing
+        self._snapshot = snapshot
+        self._evaluate = evaluate
+
+    def score(self, target: Target, what: str) -> float:
+        state = self._packing.trial(self._snapshot, target)
+        return score_of(self._evaluate, target.candidate.name, state, what)
+
+    def original(self, candidate: Candidate) -> float:
+        source = candidate.source
+        state = state_of(source, read_memory(source))
+        return score_of(self._evaluate, candidate.name, state, "the original")
 
 
 class _Packing:
@@ -166,30 +249,34 @@ class _Packing:
         self._manifest = Manifest(store=os.urandom(16))
         self._created = now()
         self._weights = sum(s.nbytes for c in candidates for s in c.source.segments)
-        self._done: tuple[BaseRecord, BaseDocument, VectorRecord] | None = None
+        self._done: tuple[BaseRecord, BaseDocument, VectorRecord | None] | None = None
 
-    def base_and_vector(self, rule: MergeRule, dtype: str, encoding: Policy) -> None:
-        """Write the base, and merge the shared vector."""
-        layout = lay_out(tuple(self._base.segments))
-        surveying = self._meter.stage("survey", self._weights * rule.surveys)
-        feed = CandidateFeed(_contents(self._base), layout, self._base.read, self._candidates)
-        surveyed = survey(rule, feed, workers=self._pool, progress=surveying)
-        with WriteSession(self._new.environment, self._manifest, room=self._room(dtype)) as session:
+    def base_and_vector(self, rule: MergeRule | None, dtype: str, encoding: Policy) -> None:
+        """Write the base, and merge the shared vector, if there is to be one."""
+        room = self._room(dtype if rule is not None else None)
+        with WriteSession(self._new.environment, self._manifest, room=room) as session:
             record, document = self._write_base(session, encoding)
-            vector = write_vector(
-                session,
-                surveyed,
-                feed,
-                dtype=dtype,
-                created=self._created,
-                workers=self._pool,
-                progress=self._meter.stage("merge", self._weights),
-            )
+            vector = None if rule is None else self._vector(session, rule, dtype)
             catalog = Catalog(base=record, vector=vector)
             self._manifest = session.commit(
                 catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
             )
         self._done = record, document, vector
+
+    def _vector(self, session: WriteSession, rule: MergeRule, dtype: str) -> VectorRecord:
+        layout = lay_out(tuple(self._base.segments))
+        feed = CandidateFeed(_contents(self._base), layout, self._base.read, self._candidates)
+        surveying = self._meter.stage("survey", self._weights * rule.surveys)
+        return write_vector(
+            session,
+            survey(rule, feed, workers=self._pool, progress=surveying),
+            feed,
+            # A vector of magnitudes needs no sign.
+            dtype=f"u{dtype}" if dtype in ("int8", "int4") and rule.name == "profile" else dtype,
+            created=self._created,
+            workers=self._pool,
+            progress=self._meter.stage("merge", self._weights),
+        )
 
     def _write_base(
         self, session: WriteSession, encoding: Policy
@@ -206,14 +293,16 @@ class _Packing:
             progress=self._meter.stage("base", total),
         )
 
-    def _room(self, dtype: str) -> int:
-        """Bytes that the base and the shared vector take."""
+    def _room(self, dtype: str | None) -> int:
+        """Bytes that the base and a shared vector of a dtype take."""
         base = self._base.segments
         stored = 0 if self._external is not None else sum(segment.nbytes for segment in base)
         weights = sum(segment.numel for segment in base if segment.dtype in CODABLE)
-        return stored + weights * itemsize(dtype)
+        if dtype is None:
+            return stored
+        return stored + weights * (itemsize(dtype) if dtype in CODABLE else 2)
 
-    def tasks(
+    def masks(
         self,
         lambdas: Sequence[float],
         evaluate: Evaluate | None,
@@ -221,42 +310,84 @@ class _Packing:
         *,
         exact: bool,
     ) -> None:
-        """Choose lambdas and write the tasks."""
-        if self._done is None:
-            raise RuntimeError("base_and_vector comes first")
-        record, document, vector = self._done
-        environment = self._new.environment
-        environment.handles += 1
-        snapshot = Snapshot(environment)
-        try:
+        """Choose lambdas and write the tasks as TALL masks."""
+        with self._reading() as (snapshot, _, document, vector):
+            if vector is None:
+                raise RuntimeError("masks take a shared vector")
             targets = [
                 self._target(snapshot, document, vector, candidate, lambdas, evaluate, masks, exact)
                 for candidate in self._candidates
             ]
-            # A bit per weight; a residual, before it is compressed, is as long as the weights.
-            room = sum(c.plan.coded for c in self._candidates) // 8
-            room += self._weights if exact else 0
-            with WriteSession(environment, self._manifest, room=room) as session:
-                records = encode_tasks(
-                    session,
-                    snapshot,
-                    document,
-                    vector,
-                    targets,
-                    identity=record.identity,
-                    known_files=known_files(snapshot, document),
-                    created=self._created,
-                    compress=True,
-                    masks=masks,
-                    workers=self._pool,
-                    progress=self._meter.stage("masks", self._weights),
-                )
-                catalog = Catalog(base=record, vector=vector, tasks=records)
-                session.commit(
-                    catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
-                )
+            self._write(snapshot, targets, masks)
+
+    def codes(self, options: CodeOptions, evaluate: Evaluate | None, *, exact: bool) -> list[str]:
+        """Survey the tasks, and write them with codes of other kinds; returns remarks."""
+        notes: list[str] = []
+        targets = []
+        with self._reading() as (snapshot, _, document, vector):
+            planner = Planner(
+                snapshot, document, vector, options, workers=self._pool, meter=self._meter
+            )
+            trial = None if evaluate is None else _Trial(self, snapshot, evaluate)
+            for candidate in self._candidates:
+                target, remarks = planner.target(candidate, exact=exact, trial=trial)
+                targets.append(target)
+                notes += remarks
+            self._write(snapshot, targets, tall_span)
+        return notes
+
+    def trial(self, snapshot: Snapshot, target: Target) -> Any:
+        """What a target will load as: it is written, for a moment as the only task."""
+        catalog = self._write(snapshot, [target], tall_span)
+        self._new.environment.handles += 1
+        written = Snapshot(self._new.environment)
+        try:
+            name = target.candidate.name
+            return Loader(written, catalog, task=name, fidelity="codes").load()
+        finally:
+            written.close()
+
+    @contextmanager
+    def _reading(
+        self,
+    ) -> Iterator[tuple[Snapshot, BaseRecord, BaseDocument, VectorRecord | None]]:
+        """What is committed of the new store."""
+        if self._done is None:
+            raise RuntimeError("base_and_vector comes first")
+        self._new.environment.handles += 1
+        snapshot = Snapshot(self._new.environment)
+        try:
+            yield snapshot, *self._done
         finally:
             snapshot.close()
+
+    def _write(self, snapshot: Snapshot, targets: Sequence[Target], masks: SpanMasks) -> Catalog:
+        if self._done is None:
+            raise RuntimeError("base_and_vector comes first")
+        record, document, vector = self._done
+        # A bit per weight; a residual, before it is compressed, is as long as the weights.
+        room = sum(c.plan.coded for c in self._candidates) // 8
+        room += self._weights if any(target.exact for target in targets) else 0
+        with WriteSession(self._new.environment, self._manifest, room=room) as session:
+            records = encode_tasks(
+                session,
+                snapshot,
+                document,
+                vector,
+                targets,
+                identity=record.identity,
+                known_files=known_files(snapshot, document),
+                created=self._created,
+                compress=True,
+                masks=masks,
+                workers=self._pool,
+                progress=self._meter.stage("masks", self._weights),
+            )
+            catalog = Catalog(base=record, vector=vector, tasks=records)
+            self._manifest = session.commit(
+                catalog.to_json(), live=catalog.live_streams(), written_by=WRITTEN_BY
+            )
+        return catalog
 
     def _target(
         self,
@@ -283,4 +414,11 @@ class _Packing:
             )
         if score is not None and not math.isfinite(score):
             score = None  # the best of them was hopeless; a record holds numbers
-        return Target(candidate=candidate, tall_lambda=value, exact=exact, score=score)
+        return Target(
+            candidate=candidate,
+            tall_lambda=value,
+            exact=exact,
+            code="tall",
+            parameters={} if exact else None,
+            score=score,
+        )

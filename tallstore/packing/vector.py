@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codecs.quantized import FORMS, quantize, quantized_size
 from tallstore.coding import Floats, from_float32, to_float32
 from tallstore.documents import Contents
 from tallstore.dtypes import is_codable, itemsize
@@ -17,7 +18,7 @@ from tallstore.layout import Layout
 from tallstore.mergestream.feed import Shapes, shapes
 from tallstore.mergestream.rounding import finite
 from tallstore.mergestream.survey import Surveyed, merge_span, spans
-from tallstore.packing.encodings import elements
+from tallstore.packing.encodings import BITS, elements
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.writing import Progress, SegmentReader, read_span
 from tallstore.workers import Workers
@@ -107,16 +108,24 @@ def write_vector(
     workers: Workers,
     progress: Progress,
 ) -> VectorRecord:
-    """Merge the task vectors, round the result to `dtype`, and write it."""
+    """Merge the task vectors, round the result to `dtype` or quantize it, and write it."""
     layout = feed.layout
-    width = itemsize(dtype)
-    writers = {n: session.stream(layout.arenas[n].span * width) for n in feed.arenas}
+    form = FORMS.get(dtype)
+
+    def size(span: int) -> int:
+        return span * itemsize(dtype) if form is None else quantized_size(span, form)
+
+    writers = {n: session.stream(size(layout.arenas[n].span)) for n in feed.arenas}
 
     def merge(item: tuple[int, int]) -> None:
         arena, span = item
         opened = feed.open(arena, span)
-        merged = finite(merge_span(surveyed, feed, arena, span, opened), dtype)
-        writers[arena].put(span, from_float32(merged, dtype), encoding=elements(dtype))
+        merged = merge_span(surveyed, feed, arena, span, opened)
+        if form is not None:
+            data, encoding = quantize(finite(merged, "bfloat16"), form), BITS
+        else:
+            data, encoding = from_float32(finite(merged, dtype), dtype), elements(dtype)
+        writers[arena].put(span, data, encoding=encoding)
         progress(opened.nbytes)
 
     for _ in workers.each(merge, spans(feed)):

@@ -22,12 +22,6 @@ class TaskFacts:
     stored: int
     """Bytes in the store, the shared vector apart."""
 
-    @property
-    def kept(self) -> str:
-        """``"masks"``, ``"exact"``, or both."""
-        words = ["masks"] if self.record.code == "tall" else []
-        return " + ".join(words + ["exact"] * self.record.exact) or self.record.code
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFacts:

@@ -159,7 +159,7 @@ def _task_row(task: TaskFacts) -> tuple[str, ...]:
     record = task.record
     return (
         printable(task.name),
-        task.kept,
+        task.record.kept_as,
         "bit for bit" if record.exact else "approximation",
         number(record.relative_error),
         number(record.density),

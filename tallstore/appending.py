@@ -1,0 +1,206 @@
+"""Adding tasks to a store that is there: as codes, or as exact differences from its base.
+
+No other task is touched, and none of the other originals is needed, whatever the code, but for TALL
+masks: those belong to a vector that was merged from the tasks themselves (`tallstore.repacking`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
+from tallstore.documents import BaseDocument
+from tallstore.engine.session import WriteSession
+from tallstore.errors import CorruptStoreError, OptionError, TaskExistsError
+from tallstore.matching import match
+from tallstore.packing.codeoptions import MOST_BITS, CodeOptions, code_options
+from tallstore.packing.files import known_files
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.pack import now
+from tallstore.packing.planning import Planner
+from tallstore.packing.target import Target
+from tallstore.packing.tasks import encode_tasks
+from tallstore.progress import Meter, Report
+from tallstore.sources.source import Source
+from tallstore.workers import Workers, workers
+from tallstore.writing import HeldStore, commit, held_for_writing, without_idle_vector
+
+__all__ = ["append_tasks", "options_like"]
+
+#: A newcomer that errs so much more than the tasks a profile was made of gets another bit.
+_MUCH_WORSE: Final = 1.1
+
+
+def append_tasks(
+    path: Path,
+    tasks: Mapping[str, Source],
+    *,
+    options: CodeOptions | None = None,
+    like_store: bool = False,
+    exact: bool | None = None,
+    overwrite: bool,
+    strict: bool,
+    compress: bool,
+    timeout: float,
+    report: Report | None,
+) -> list[str]:
+    """Add tasks; no other task is touched.
+
+    Parameters
+    ----------
+    options
+        How they are coded; None: as exact differences from the base.
+    like_store
+        Where `options` is None: code them as the store's tasks are, if those are coded alike and
+        without a vector that was merged from them.
+    exact
+        Whether the exact tier is kept; None: only where there are no codes.
+    overwrite
+        Whether a task of the same name is replaced.
+    strict
+        Refuse what is no fine-tune of the base.
+
+    Returns
+    -------
+    list of str
+        Remarks.
+
+    Raises
+    ------
+    TaskExistsError, TaskNameError, MismatchError
+    OptionError
+        The codes do not fit the store, or a budget cannot be met.
+    """
+    for name in tasks:
+        check_task_name(name)
+    with held_for_writing(path, timeout=timeout) as held, workers() as pool:
+        catalog, base = held.catalog, held.base()
+        if catalog.base is None:
+            raise CorruptStoreError(f"{path}: the store holds no base")
+        taken = [name for name in tasks if name in catalog.tasks]
+        if taken and not overwrite:
+            raise TaskExistsError(
+                f"{path}: holds a task {taken[0]!r} already; give another name, or "
+                "overwrite=True (--overwrite) to replace it"
+            )
+        if options is None and like_store:
+            options = options_like(catalog)
+        vector = _vector(path, catalog, options)
+        meter = Meter(report)
+        targets, notes = [], []
+        for name, source in tasks.items():
+            coded = options is not None
+            candidate, remarks = _candidate(name, source, base, coded=coded, strict=strict)
+            notes += remarks
+            if options is None:
+                targets.append(Target(candidate=candidate, exact=exact is not False))
+                continue
+            target, remarks = _target(held, base, vector, candidate, options, exact, pool, meter)
+            targets.append(target)
+            notes += remarks
+        total = sum(t.candidate.plan.coded for t in targets) * 4
+        room = sum(s.nbytes for source in tasks.values() for s in source.segments)
+        with WriteSession(held.environment, held.manifest, room=room) as session:
+            records = encode_tasks(
+                session,
+                held.snapshot,
+                base,
+                vector,
+                targets,
+                identity=catalog.base.identity,
+                known_files=known_files(held.snapshot, base),
+                created=now(),
+                compress=compress,
+                workers=pool,
+                progress=meter.stage("add", total),
+            )
+            after = replace(catalog, tasks={**catalog.tasks, **records})
+            commit(session, without_idle_vector(after))
+    return notes
+
+
+def options_like(catalog: Catalog) -> CodeOptions | None:
+    """The options of a store's tasks, where they are coded alike and are appended to."""
+    found = {
+        (record.code, tuple(sorted((record.parameters or {}).items())))
+        for record in catalog.tasks.values()
+        if record.code != "none"
+    }
+    if len(found) != 1:
+        return None
+    ((code, parameters),) = found
+    if code == "tall":
+        return None
+    given = {name: value for name, value in parameters if name != "keep"}
+    return code_options(code=code, **given)
+
+
+def _vector(path: Path, catalog: Catalog, options: CodeOptions | None) -> VectorRecord | None:
+    if options is None or not options.shared:
+        return None
+    vector = catalog.vector
+    if vector is None or vector.rule != "profile":
+        kept = "none" if vector is None else f"one merged by {vector.rule!r}"
+        raise OptionError(
+            f"{path}: levels over a shared vector need a profile of magnitudes, and the store's "
+            f"vector is {kept}; give over='none' (--over none), or repack"
+        )
+    return vector
+
+
+def _candidate(
+    name: str, source: Source, base: BaseDocument, *, coded: bool, strict: bool
+) -> tuple[Candidate, list[str]]:
+    plan = match(
+        source.label,
+        source.tensors,
+        source.segments,
+        base=base.contents,
+        layout=base.layout,
+        floats_only=coded,
+        strict=strict,
+    )
+    return Candidate(name, source, plan, base.layout), [*source.notes, *plan.notes]
+
+
+def _target(
+    held: HeldStore,
+    base: BaseDocument,
+    vector: VectorRecord | None,
+    candidate: Candidate,
+    options: CodeOptions,
+    exact: bool | None,
+    pool: Workers,
+    meter: Meter,
+) -> tuple[Target, list[str]]:
+    """How a newcomer is coded: over a profile made without it, with as many bits as it takes."""
+    usual = _usual_error(held.catalog.tasks.values()) if vector is not None else None
+    planner = Planner(held.snapshot, base, vector, options, workers=pool, meter=meter)
+    found = planner.survey(candidate)
+    made = planner.made(candidate, found, options, exact=bool(exact))
+    first = planner.relative_error(made, found)
+    if usual is None or first <= _MUCH_WORSE * usual:
+        return made, []
+    error, wider = first, options
+    while error > _MUCH_WORSE * usual and (wider.bits or MOST_BITS) < MOST_BITS:
+        wider = replace(wider, bits=(wider.bits or 0) + 1)
+        made = planner.made(candidate, found, wider, exact=bool(exact))
+        error = planner.relative_error(made, found)
+    return made, [
+        f"{candidate.name}: the stored profile was made without it and serves it badly: relative "
+        f"error {first:.2f} with {options.bits} bits, {usual:.2f} for the tasks there; coded with "
+        f"{wider.bits} bits, {error:.2f}"
+    ]
+
+
+def _usual_error(records: Iterable[TaskRecord]) -> float | None:
+    errors = [
+        record.relative_error
+        for record in records
+        if record.shared and record.relative_error is not None
+    ]
+    return fmean(errors) if errors else None

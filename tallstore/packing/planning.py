@@ -1,0 +1,229 @@
+"""From a checkpoint and a caller's options to what is to be kept of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final, Protocol
+
+from tallstore.catalog import VectorRecord
+from tallstore.codecs import Bytes
+from tallstore.coding import Floats, to_float32
+from tallstore.decoding import Decoder
+from tallstore.documents import BaseDocument
+from tallstore.engine.snapshot import Snapshot
+from tallstore.errors import OptionError
+from tallstore.fitting import Magnitudes
+from tallstore.packing.allotting import Offers, dense_choice
+from tallstore.packing.codeoptions import CodeOptions
+from tallstore.packing.drafting import fixed_drafts
+from tallstore.packing.drafts import Draft
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.surveying import survey_candidate, survey_values
+from tallstore.packing.target import Target
+from tallstore.packing.writing import Progress
+from tallstore.progress import Meter
+from tallstore.workers import Workers
+
+__all__ = ["DEFAULT_BITS", "Planner", "Trial"]
+
+#: What ``auto`` spends where nobody says how much.
+DEFAULT_BITS: Final = 0.15
+#: Bits a weight that ``keep`` tries, in order.
+_LADDER: Final = (0.03, 0.06, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4)
+
+
+class Trial(Protocol):
+    """What scores weights."""
+
+    def score(self, target: Target, what: str) -> float:
+        """The score of a target's weights, just as they will load."""
+        ...
+
+    def original(self, candidate: Candidate) -> float:
+        """The score of a checkpoint as it is."""
+        ...
+
+
+class Planner:
+    """Surveys checkpoints against a base and a shared vector that are in a store.
+
+    Parameters
+    ----------
+    snapshot
+        Where base and vector are read; stays the caller's.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        base: BaseDocument,
+        vector: VectorRecord | None,
+        options: CodeOptions,
+        *,
+        workers: Workers,
+        meter: Meter,
+    ) -> None:
+        self._decoder = Decoder(snapshot, base, vector=vector if options.shared else None)
+        self._vector = vector
+        self._options = options
+        self._workers = workers
+        self._meter = meter
+
+    def _read(self, arena: int, span: int) -> tuple[Bytes, Floats | None]:
+        base, vector = self._decoder.base_and_vector(arena, span)
+        if vector is None or self._vector is None:
+            return base, None
+        return base, to_float32(vector, self._vector.decoded_dtype)
+
+    def target(
+        self, candidate: Candidate, *, exact: bool, trial: Trial | None = None
+    ) -> tuple[Target, list[str]]:
+        """How a checkpoint is to be coded, and remarks.
+
+        Parameters
+        ----------
+        trial
+            Scores a target's weights, just as they will load; None: there is no score.
+
+        Raises
+        ------
+        OptionError
+            A budget cannot be met; the message says what can.
+        """
+        options = self._options
+        found = self.survey(candidate)
+        if options.keep is not None and trial is not None:
+            return self._keeping(candidate, found, trial)
+        target = self.made(candidate, found, options, exact=exact)
+        if trial is not None:
+            score = trial.score(target, options.code)
+            target = replace(target, score=score if math.isfinite(score) else None)
+        return target, []
+
+    def survey(self, candidate: Candidate) -> Mapping[int, Magnitudes]:
+        """A histogram of each tensor; see `survey_candidate`."""
+        return survey_candidate(
+            candidate,
+            self._read,
+            shared=self._options.shared,
+            workers=self._workers,
+            progress=self._stage("survey", candidate),
+        )
+
+    def made(
+        self,
+        candidate: Candidate,
+        found: Mapping[int, Magnitudes],
+        options: CodeOptions,
+        *,
+        exact: bool,
+    ) -> Target:
+        """The target of a surveyed checkpoint.
+
+        Raises
+        ------
+        OptionError
+            A budget cannot be met.
+        """
+        return self._target(candidate, self._drafts(candidate, found, options), options, exact)
+
+    def relative_error(self, target: Target, found: Mapping[int, Magnitudes]) -> float:
+        """What dense codes are going to err by, relative to the task vector."""
+        error = moved = 0.0
+        for segment, draft in (target.drafts or {}).items():
+            choice = dense_choice(draft, found[segment], target.gain)
+            moved += found[segment].moved
+            error += found[segment].moved if choice is None else choice.error
+        return math.sqrt(error / moved) if moved else 0.0
+
+    def _target(
+        self,
+        candidate: Candidate,
+        drafts: Mapping[int, Draft],
+        options: CodeOptions,
+        exact: bool,
+    ) -> Target:
+        return Target(
+            candidate=candidate,
+            exact=exact,
+            drafts=drafts,
+            shared=options.shared,
+            gain=options.gain,
+            seed=options.seed,
+            code=options.code,
+            parameters=options.record(),
+        )
+
+    def _keeping(
+        self, candidate: Candidate, found: Mapping[int, Magnitudes], trial: Trial
+    ) -> tuple[Target, list[str]]:
+        """The fewest bits of a ladder whose weights score well enough; else the exact tier."""
+        options, offers = self._options, Offers(found, self._options.gain)
+        share = options.keep or 1.0
+        whole = trial.original(candidate)
+        if not (math.isfinite(whole) and whole > 0):
+            raise OptionError(
+                f"keep={share}: evaluate({candidate.name!r}, ...) gave {whole} for the original; a "
+                "share of it needs a score above 0"
+            )
+        target: Target | None = None
+        score = -math.inf
+        for bits in _LADDER:
+            allotted = offers.within(bits)
+            if allotted is None:
+                continue
+            target = self._target(candidate, allotted.drafts, options, False)
+            score = trial.score(target, f"{bits} bits a weight")
+            if score >= share * whole:
+                return replace(target, score=score), []
+        if target is None:
+            return self._target(candidate, {}, options, True), []
+        note = (
+            f"{candidate.name}: {_LADDER[-1]} bits a weight score {score:.4g}, and {share:g} of "
+            f"the original's {whole:.4g} was asked for: the exact tier is kept too"
+        )
+        return replace(target, exact=True, score=whole), [note]
+
+    def _stage(self, name: str, candidate: Candidate) -> Progress:
+        return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
+
+    def _drafts(
+        self, candidate: Candidate, found: Mapping[int, Magnitudes], options: CodeOptions
+    ) -> Mapping[int, Draft]:
+
+        def values(strides: Mapping[int, int]) -> Mapping[int, Magnitudes]:
+            return survey_values(
+                candidate,
+                self._read,
+                strides,
+                seed=options.seed,
+                workers=self._workers,
+                progress=self._stage("values", candidate),
+            )
+
+        if options.code != "auto":
+            return fixed_drafts(options, found, values)
+        return _allotted(candidate.name, Offers(found, options.gain), options)
+
+
+def _allotted(name: str, offers: Offers, options: CodeOptions) -> Mapping[int, Draft]:
+    if options.max_error is not None:
+        found = offers.erring(options.max_error)
+        if found is None:
+            least = math.sqrt(offers.at(0).error / offers.moved)
+            raise OptionError(
+                f"max_error={options.max_error}: task {name!r} comes to {least:.3g} with 4 bits "
+                "for every weight, and to no less; exact=True (--exact) keeps it bit for bit"
+            )
+        return found.drafts
+    bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
+    found = offers.within(bits)
+    if found is None:
+        least = offers.cheapest.bits / max(offers.weights, 1)
+        raise OptionError(
+            f"bits_per_weight={bits}: task {name!r} takes {least:.2g} at the least; give that, or "
+            "more"
+        )
+    return found.drafts

@@ -1,0 +1,147 @@
+"""The pass before coding: how far the weights of each tensor of a task moved."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tallstore.codecs import Bytes
+from tallstore.codes import SEEDED, SegmentCode, seeded_pieces
+from tallstore.coding import Floats, to_float32
+from tallstore.dtypes import is_codable, itemsize
+from tallstore.fitting import Magnitudes
+from tallstore.packing.gathering import Candidate, Held
+from tallstore.packing.masks import same_bytes
+from tallstore.seeding import seeded_tensor, support
+from tallstore.workers import Workers
+
+__all__ = ["Moves", "SpanReader", "span_moves", "survey_candidate", "survey_values"]
+
+#: Gives the base's bytes of a span of an arena, and the shared vector as float32, if it has one.
+SpanReader = Callable[[int, int], tuple[Bytes, Floats | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How a task's weights moved over one span."""
+
+    moves: Floats
+    """Task vector, float32; 0 where the task has no weight."""
+    vector: Floats | None
+    raw: Bytes
+    """The task's own weights as bytes of its dtype, in gaps the base's."""
+    held: list[Held]
+    same: list[bool]
+    """Whether the weights of each of `held` are the base's, bit for bit."""
+
+
+def span_moves(candidate: Candidate, arena: int, span: int, read: SpanReader) -> Moves:
+    """Read a span of the base and of a task."""
+    record = candidate.layout.arenas[arena]
+    base, vector = read(arena, span)
+    dtype = candidate.plan.dtypes[arena]
+    raw, held = candidate.gather(arena, span * record.span, base)
+    width = itemsize(dtype)
+    same = [dtype == record.dtype and same_bytes(raw, base, item, width) for item in held]
+    if not is_codable(record.dtype):
+        return Moves(np.zeros(0, np.float32), None, raw, held, same)
+    base32, own32 = to_float32(base, record.dtype), to_float32(raw, dtype)
+    moves = np.zeros(base32.size, np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for item in held:
+            some = slice(item.start, item.stop)
+            np.subtract(own32[some], base32[some], out=moves[some])
+    return Moves(moves, vector, raw, held, same)
+
+
+def coded_spans(candidate: Candidate) -> Iterator[tuple[int, int]]:
+    """(arena, span) of everything that it has of arenas that can be coded."""
+    for arena in candidate.arenas():
+        record = candidate.layout.arenas[arena]
+        if is_codable(record.dtype):
+            yield from ((arena, span) for span in range(record.spans))
+
+
+def survey_candidate(
+    candidate: Candidate,
+    read: SpanReader,
+    *,
+    shared: bool,
+    workers: Workers,
+    progress: Callable[[int], None],
+) -> dict[int, Magnitudes]:
+    """A histogram of each of the base's segments that the task has; by segment.
+
+    Parameters
+    ----------
+    shared
+        Whether magnitudes are relative to the shared vector.
+
+    Memory: 200 kB a segment, and three spans a thread.
+    """
+    found: dict[int, Magnitudes] = {}
+    lock = threading.Lock()
+
+    def survey(item: tuple[int, int]) -> None:
+        arena, span = item
+        seen = span_moves(candidate, arena, span, read)
+        for held, same in zip(seen.held, seen.same, strict=True):
+            some = slice(held.start, held.stop)
+            part = Magnitudes(0)
+            part.same = same
+            if not same:
+                vector = seen.vector if shared else None
+                part.add(seen.moves[some], None if vector is None else vector[some])
+            with lock:
+                whole = found.setdefault(held.base_segment, Magnitudes(0))
+                whole.weights += held.stop - held.start
+                whole.merge(part)
+        progress(seen.raw.size)
+
+    for _ in workers.each(survey, coded_spans(candidate)):
+        pass
+    return found
+
+
+def survey_values(
+    candidate: Candidate,
+    read: SpanReader,
+    strides: Mapping[int, int],
+    *,
+    seed: int,
+    workers: Workers,
+    progress: Callable[[int], None],
+) -> dict[int, Magnitudes]:
+    """The same of the weights alone that a seed picks, one in so many of some segments."""
+    codes = {n: SegmentCode(n, SEEDED, (0.0, 0.0), stride) for n, stride in strides.items()}
+    found: dict[int, Magnitudes] = defaultdict(lambda: Magnitudes(0))
+    lock = threading.Lock()
+    layout = candidate.layout
+
+    def survey(item: tuple[int, int]) -> None:
+        arena, span = item
+        pieces = seeded_pieces(layout, codes, arena, span)
+        if not pieces:
+            return
+        seen = span_moves(candidate, arena, span, read)
+        for piece in pieces:
+            tensor = seeded_tensor(
+                piece, seed=seed, arena_span=layout.arenas[arena].span, span=span
+            )
+            part = Magnitudes(0)
+            at = support(tensor)
+            at += piece.piece.within
+            part.add(seen.moves[at])
+            with lock:
+                whole = found[piece.piece.segment]
+                whole.weights += piece.groups
+                whole.merge(part)
+        progress(seen.raw.size)
+
+    for _ in workers.each(survey, coded_spans(candidate)):
+        pass
+    return dict(found)
