@@ -167,7 +167,9 @@ def test_tied_in_the_store_alone(tmp_path: Path) -> None:
     with TaskSwitcher(model, store) as switcher:
         switcher.switch("t")
     wanted = bits(tallstore.load(store, task="t")["embed.weight"])
-    assert bits(model.embed.weight.detach().cpu()) == bits(model.out.weight.detach().cpu()) == wanted
+    assert (
+        bits(model.embed.weight.detach().cpu()) == bits(model.out.weight.detach().cpu()) == wanted
+    )
 
 
 def test_tied_in_the_model_alone(tmp_path: Path) -> None:
@@ -182,7 +184,9 @@ def test_tied_in_the_model_alone(tmp_path: Path) -> None:
     with TaskSwitcher(model, store, tasks=["same"]) as switcher:
         switcher.switch("same")
     assert bits(model.out.weight.detach().cpu()) == bits(same["out.weight"])
-    with pytest.raises(MismatchError, match=r"ties 'embed\.weight' and 'out\.weight', which differ"):
+    with pytest.raises(
+        MismatchError, match=r"ties 'embed\.weight' and 'out\.weight', which differ"
+    ):
         TaskSwitcher(model, store)
 
 

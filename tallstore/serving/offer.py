@@ -71,7 +71,7 @@ class Offer:
     def arenas(self) -> tuple[frozenset[int], frozenset[int]]:
         """Arenas of the base that are needed, and those of the shared vector."""
         base = frozenset(arena for made in self.plans.values() for arena in made.arenas)
-        vector = frozenset(arena for made in self.plans.values() for arena in made.coded)
+        vector = frozenset(arena for made in self.plans.values() for arena in made.vectors)
         return base, vector
 
     def need(self) -> Need:

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tallstore.documents import BASE, CODE, ArenaCode
+from tallstore.codes import SEEDED, SPARSE, ArenaCode, SegmentCode
+from tallstore.documents import BASE, CODE
 from tallstore.dtypes import is_codable
+from tallstore.kernels.sparse_reference import GROUP
 from tallstore.layout import BLOCK
 from tallstore.loading import Loader
 from tallstore.serving.binding import Binding
+from tallstore.spancodes import code_bits
 from tallstore.specs import TensorSpec
 
 __all__ = ["Plan", "Run", "Verbatim", "plan"]
@@ -77,10 +80,44 @@ class Plan:
         return frozenset(self.base) | frozenset(self.coded)
 
     @property
+    def vectors(self) -> frozenset[int]:
+        """Arenas of the shared vector that are needed."""
+        codes = self.codes
+        return frozenset(arena for arena in self.coded if codes[arena].shared)
+
+    def compact(self, arena: int, run: Run) -> SegmentCode | None:
+        """How a run is coded, if it is by few of its weights, and is kept so; else in planes."""
+        task, whole = self.loader.task, self.loader.base.contents.segments[run.segment].numel
+        codings = (task.codings if task is not None else None) or {}
+        found = codings.get(run.segment)
+        if found is None or self.codes[arena].shared or run.out.numel() != whole:
+            return None
+        return found if found.form in (SPARSE, SEEDED) else None
+
+    @property
     def coded_bytes(self) -> int:
-        """Bytes that the codes take when they are resident."""
-        weights = self.loader.base.layout.arenas
-        return sum(weights[arena].weights // 8 for arena in self.coded)
+        """Bytes that the codes take when they are resident, planes and compact ones."""
+        arenas, codes = self.loader.base.layout.arenas, self.codes
+        total = 0
+        for arena, runs in self.coded.items():
+            compact = [self.compact(arena, run) for run in runs]
+            total += sum(
+                self._compact_bytes(run, code)
+                for run, code in zip(runs, compact, strict=True)
+                if code is not None
+            )
+            if None in compact:
+                total += code_bits(codes[arena]) * arenas[arena].weights // 8
+        return total
+
+    def _compact_bytes(self, run: Run, code: SegmentCode) -> int:
+        weights = run.out.numel()
+        if code.form == SEEDED:
+            return -(-weights // code.stride) * code.bits // 8
+        task = self.loader.task
+        density = {s.segment: s.density for s in task.stats} if task is not None else {}
+        touched = round(density.get(run.segment, 1.0) * weights)
+        return 2 * touched + 8 * (-(-weights // GROUP) + 1)
 
     @property
     def exact_bytes(self) -> int:
@@ -140,7 +177,7 @@ def _add_segment(made: Plan, segment: int, out: torch.Tensor, *, exact: bool) ->
         first = 0 if place is None else place.offset + part.start
         if place is None or (code is not None and not _from_codes(code, first, exact=exact)):
             made.verbatim.append(Verbatim(segment, start, part.count, (piece,)))
-        elif code is not None and code.planes is not None:
+        elif code is not None and code.coded:
             made.coded[place.arena].append(Run(part.segment, first, piece))
         else:
             made.base[place.arena].append(Run(part.segment, first, piece))
@@ -151,4 +188,4 @@ def _from_codes(code: ArenaCode, first: int, *, exact: bool) -> bool:
     """Whether codes and the base alone give the weights from `first` on."""
     if exact and code.exact is not None:
         return False
-    return is_codable(code.dtype) and (code.planes is None or first % BLOCK == 0)
+    return is_codable(code.dtype) and (not code.coded or first % BLOCK == 0)

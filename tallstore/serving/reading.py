@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from tallstore.codecs import Bytes
+from tallstore.codes import SPARSE
 from tallstore.decoding import Run as Piece
 from tallstore.dtypes import itemsize, torch_dtype
-from tallstore.errors import CorruptStoreError, MismatchError
+from tallstore.errors import MismatchError
 from tallstore.loading import Loader
 from tallstore.objects import build_tensor
-from tallstore.ops import TALL_LEVELS
 from tallstore.serving.arrangement import Arrangement, arrange
+from tallstore.serving.coded import compact_form, read_planes
 from tallstore.serving.forms import BaseForm, CopyForm, Form, Move, PlanesForm
 from tallstore.serving.planning import Plan, Run, Verbatim
 from tallstore.serving.resident import Resident, host_memory
@@ -78,7 +79,7 @@ class Reader:
             base = resident.base(arena)
             forms.append(BaseForm(tuple((base[r.first : r.stop], r.out) for r in runs)))
         for arena, runs in plan.coded.items():
-            forms.append(self._planes(plan, arena, runs))
+            forms += self._coded(plan, arena, runs)
         if plan.verbatim:
             forms.append(self._verbatim(plan))
         return TaskCode(tuple(forms), tuple(plan.copies))
@@ -93,23 +94,25 @@ class Reader:
             self._arrangements[key] = arrange(runs, self._resident.base(arena), shared)
         return self._arrangements[key]
 
-    def _planes(self, plan: Plan, arena: int, runs: Sequence[Run]) -> PlanesForm:
-        snapshot, number = plan.loader.snapshot, plan.codes[arena].planes
-        if number is None:
-            raise CorruptStoreError(f"{plan.loader.what}: a code without planes")
-        stream = snapshot.stream(number)
-        memory = host_memory(stream.raw, self._resident.device)
-        whole = memory.numpy()
-
-        def read(chunk: int) -> None:
-            first = chunk * stream.chunk_size
-            snapshot.read_chunk(stream, chunk, whole[first : first + stream.raw_size(chunk)])
-
-        for _ in self._pool.each(read, range(stream.chunks)):
-            pass
-        there = self._arrangement(arena, runs, vector=True)
-        levels = torch.tensor([TALL_LEVELS] * (len(runs) + 1), dtype=torch.float32)
-        return PlanesForm(there, memory.unsqueeze(0), levels)
+    def _coded(self, plan: Plan, arena: int, runs: Sequence[Run]) -> list[Form]:
+        """The codes over an arena: compact ones, and planes for the rest."""
+        base = self._resident.base(arena)
+        compact = {n: plan.compact(arena, run) for n, run in enumerate(runs)}
+        few = [(runs[n], code) for n, code in compact.items() if code is not None]
+        rest = [runs[n] for n, code in compact.items() if code is None]
+        forms: list[Form] = []
+        planes = None
+        if rest or any(code.form == SPARSE for _, code in few):
+            where = self._resident.device if rest else torch.device("cpu")
+            planes = read_planes(plan.loader, arena, self._pool, pin_for=where)
+        if few:
+            forms.append(compact_form(plan.loader, arena, few, base, planes, self._pool))
+        if rest and planes is not None:
+            there = self._arrangement(arena, rest, vector=plan.codes[arena].shared)
+            levels = plan.loader.decoder.levels(arena)
+            rows = [levels.row(run.segment) for run in there.runs]
+            forms.append(PlanesForm(there, planes, levels.table[[*rows, rows[0]]].contiguous()))
+        return forms
 
     # -- what is kept as it is ------------------------------------------------------------
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from tallstore.advice import prefer_huge_pages
-from tallstore.catalog import Catalog
+from tallstore.catalog import QUANTIZED, Catalog
 from tallstore.codecs import Bytes
+from tallstore.codecs.quantized import FORMS, dequantize
 from tallstore.describing import read_base
 from tallstore.devices import on_device
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.externalbase import base_elements
+from tallstore.layout import Arena
 from tallstore.workers import Workers
 
-__all__ = ["Resident", "host_memory", "read_stream"]
+__all__ = ["Resident", "host_memory"]
 
 
 def host_memory(size: int, device: torch.device) -> torch.Tensor:
@@ -61,7 +64,7 @@ class Resident:
         """Bytes of an arena of the shared vector."""
         record = self._vector
         weights = self.document.layout.arenas[arena].weights
-        return 0 if record is None else weights * itemsize(record.dtype)
+        return 0 if record is None else weights * itemsize(record.decoded_dtype)
 
     def base(self, arena: int) -> torch.Tensor:
         """An arena of the base: shape (weights,), of its dtype.
@@ -82,13 +85,22 @@ class Resident:
             raise CorruptStoreError(
                 f"{self._snapshot.path}: a task is coded over a shared vector that is not there"
             )
-        return self._take("vector", arena, self._snapshot, number, record.dtype)
+        form = record.dtype if record.dtype in QUANTIZED else None
+        return self._take("vector", arena, self._snapshot, number, record.decoded_dtype, form)
 
-    def _take(self, what: str, arena: int, home: Snapshot, number: int, dtype: str) -> torch.Tensor:
+    def _take(
+        self,
+        what: str,
+        arena: int,
+        home: Snapshot,
+        number: int,
+        dtype: str,
+        form: str | None = None,
+    ) -> torch.Tensor:
         with self._lock:
             if (what, arena) not in self._held:
-                weights = self.document.layout.arenas[arena].weights
-                raw = read_stream(home, number, weights * itemsize(dtype), self.device, self._pool)
+                shape = self.document.layout.arenas[arena]
+                raw = _read(home, number, shape, dtype, form, self.device, self._pool)
                 self._held[what, arena] = raw.view(torch_dtype(dtype))
             return self._held[what, arena]
 
@@ -102,45 +114,46 @@ class Resident:
         self._held = {key: held for key, held in older._held.items() if key[0] in kept}
 
 
-def read_stream(
-    snapshot: Snapshot, number: int, size: int, device: torch.device, pool: Workers
+def _read(
+    snapshot: Snapshot,
+    number: int,
+    arena: Arena,
+    dtype: str,
+    form: str | None,
+    device: torch.device,
+    pool: Workers,
 ) -> torch.Tensor:
-    """All of a stream, checked, on a device.
-
-    Parameters
-    ----------
-    size
-        Bytes that the stream must have.
-
-    Raises
-    ------
-    CorruptStoreError, ChecksumError, DeviceError
-    """
+    """The bytes of a stream over an arena, checked, on a device; dequantized if it has a form."""
     stream = snapshot.stream(number)
-    if stream.raw != size:
-        raise CorruptStoreError(
-            f"{snapshot.path}: stream {number} has {stream.raw} bytes, its arena takes {size}"
-        )
+    width = itemsize(dtype)
     with on_device(device, "loading what all tasks share"):
         if device.type == "cpu":
-            whole = host_memory(size, device)
+            whole = host_memory(arena.weights * width, device)
         else:
-            whole = torch.empty(size, dtype=torch.uint8, device=device)
+            whole = torch.empty(arena.weights * width, dtype=torch.uint8, device=device)
         desk = threading.local()
 
-        def read(chunk: int) -> None:
-            first, count = chunk * stream.chunk_size, stream.raw_size(chunk)
-            target = whole[first : first + count]
+        def read(span: int) -> None:
+            first = span * arena.span
+            count = min(arena.span, arena.weights - first)
+            target = whole[first * width : (first + count) * width]
             if device.type == "cpu":
-                snapshot.read_chunk(stream, chunk, target.numpy())
+                decode(span, count, target.numpy())
                 return
             staged: Any = getattr(desk, "staged", None)
             if staged is None:
-                staged = desk.staged = host_memory(stream.chunk_size, device)
-            data: Bytes = staged[:count].numpy()
-            snapshot.read_chunk(stream, chunk, data)
-            target.copy_(staged[:count])
+                staged = desk.staged = host_memory(arena.span * width, device)
+            decode(span, count, staged[: count * width].numpy())
+            target.copy_(staged[: count * width])
 
-        for _ in pool.each(read, range(stream.chunks)):
+        def decode(span: int, count: int, out: Bytes) -> None:
+            if form is None:
+                snapshot.read_chunk(stream, span, out)
+                return
+            raw = np.empty(stream.raw_size(span), np.uint8)
+            snapshot.read_chunk(stream, span, raw)
+            dequantize(raw, count, FORMS[form], out=out.view(np.float32))
+
+        for _ in pool.each(read, range(arena.spans)):
             pass
     return whole
