@@ -1,9 +1,9 @@
 """How fast tasks are coded and loaded, by code, on real fine-tunes.
 
 ``python -m bench.coding [--cache DIR] [--zoo DIR]``. Packing the MiniLM zoo (8 tasks of 22.7 M
-weights, float32, warm files) in weights x tasks a second, surveys and merging included; then loading
-one task beside ``torch.load`` of its original, by turns. What is loaded is checked against the error
-that the store records.
+weights, float32, warm files) in weights x tasks a second, surveys and merging included; then
+loading one task beside ``torch.load`` of its original, by turns. What is loaded is checked against
+the error that the store records.
 """
 
 from __future__ import annotations
