@@ -23,8 +23,8 @@ from tallstore.externalbase import OUTSIDE, base_elements
 from tallstore.layout import BLOCK, Arena, Layout
 from tallstore.ops import reconstruct
 from tallstore.scratch import Scratch
-from tallstore.spancodes import check_code_streams, code_bits, code_planes
-from tallstore.spans import Run, Span, SpanKey, Take
+from tallstore.spancodes import check_code_streams, code_bits, code_planes, code_touches
+from tallstore.spans import Run, Span, SpanKey, Take, Touches
 from tallstore.specs import SegmentSpec
 
 __all__ = ["Decoder", "Levels", "Run", "Span", "SpanKey", "predict"]
@@ -291,13 +291,21 @@ class Decoder:
         planes = vector = residual = None
         vector_dtype = dtype
         bits = 1
+        touched = None
         if self._predicts(code):
-            planes, bits = self._planes(code, span, take)
+            if take is None and (code.sparse is not None or code.seeded is not None):
+                touched = self._touches(code, span)
+                if code.planes is not None:
+                    planes, bits = self._chunk(code.planes, span, "planes"), code.bits
+            else:
+                planes, bits = self._planes(code, span, take)
             if code.shared:
                 vector, vector_dtype = self._vector_chunk(arena, span, take)
         if code.exact is not None and self._exact:
             residual = self._chunk(code.exact, span, "residual", take)
-        return Span(base, dtype, code, planes, vector, vector_dtype, residual, bits, in_map)
+        return Span(
+            base, dtype, code, planes, vector, vector_dtype, residual, bits, touched, in_map
+        )
 
     def _planes(self, code: ArenaCode, span: int, take: Take | None) -> tuple[Bytes, int]:
         """The packed codes over a span of the base, plane after plane, and how many planes."""
@@ -306,6 +314,11 @@ class Decoder:
         return code_planes(
             self._snapshot, self._base.layout, self._task, code, span, take or self._scratch.take
         )
+
+    def _touches(self, code: ArenaCode, span: int) -> Mapping[str, Touches]:
+        if self._task is None:
+            raise CorruptStoreError(f"{self._snapshot.path}: codes without a task")
+        return code_touches(self._snapshot, self._base.layout, self._task, code, span)
 
     def levels(self, arena: int) -> Levels:
         """The levels of the task's codes over an arena that it has codes for."""
@@ -419,6 +432,10 @@ class Decoder:
     ) -> None:
         width = itemsize(code.dtype)
         low, together = 0, None
+        if data.touched is not None:
+            for run, out in runs:
+                self._scatter(data, key, code, run, out)
+            return
         if len(runs) > _FEW:
             # Many small tensors: one pass over them all, then copies, so that threads meet less.
             low = min(run.within for run, _ in runs) // BLOCK * BLOCK
@@ -437,6 +454,34 @@ class Decoder:
             if data.residual is not None:
                 zigzag = data.residual[run.within * width : (run.within + run.count) * width]
                 np.copyto(out, add_residual(out, zigzag, code.dtype))
+
+    def _scatter(self, data: Span, key: SpanKey, code: ArenaCode, run: Run, out: Bytes) -> None:
+        """Predict a run of which sparse or seeded codes touch few weights, or of dense codes."""
+        coding = (self._task.codings or {}).get(run.origin) if self._task else None
+        levels = self._levels[key[1]]
+        high = run.within + run.count
+        if coding is None or data.touched is None or coding.form not in data.touched:
+            row = levels.row(run.origin)
+            self._predict(data, key, code, run.within, high, out, row)
+            return
+        dtype = self._base.layout.arenas[key[1]].dtype
+        size = itemsize(dtype)
+        base = data.base[run.within * size : high * size]
+        predict(base, dtype, None, None, None, None, out, code.dtype, self._scratch)
+        touched = data.touched[coding.form]
+        first, last = np.searchsorted(touched.at, (run.within, high))
+        at = touched.at[first:last] - run.within
+        moved = levels.table[levels.row(run.origin)].numpy()[touched.codes[first:last]]
+        if dtype == code.dtype == "float32":
+            weights = out.view(np.float32)
+            with np.errstate(over="ignore"):
+                weights[at] += moved
+            return
+        there = np.ascontiguousarray(base.reshape(-1, size)[at]).reshape(-1)
+        with np.errstate(over="ignore"):
+            weights = to_float32(there, dtype) + moved
+        width = itemsize(code.dtype)
+        out.reshape(-1, width)[at] = from_float32(weights, code.dtype).reshape(-1, width)
 
     def _predict(
         self,
@@ -457,7 +502,10 @@ class Decoder:
         if data.vector is not None:
             vector = torch.from_numpy(data.vector).view(torch_dtype(data.vector_dtype))[low:high]
         base = data.base[low * size : high * size]
-        table = None if planes is None else self._levels[key[1]].table
+        # A row of fewer levels than the arena's widest codes have: the first of it.
+        table = None
+        if planes is not None:
+            table = self._levels[key[1]].table[:, : 1 << data.code_bits].contiguous()
         if isinstance(rows, int) and table is not None:
             table, rows = table[rows : rows + 1], None
         some = rows if isinstance(rows, torch.Tensor) else None
