@@ -235,6 +235,7 @@ class Decoder:
         take: Take | None = None,
         *,
         snapshot: Snapshot | None = None,
+        side: Bytes | None = None,
     ) -> Bytes:
         snapshot = snapshot or self._snapshot
         record = snapshot.stream(stream)
@@ -243,7 +244,7 @@ class Decoder:
                 f"{snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
             )
         out = (take or self._scratch.take)(name, record.raw_size(span))
-        snapshot.read_chunk(record, span, out)
+        snapshot.read_chunk(record, span, out, side=side)
         return out
 
     def _elements_of(self, own: bool, arena: int) -> tuple[Snapshot, int]:
@@ -302,7 +303,7 @@ class Decoder:
             if code.shared:
                 vector, vector_dtype = self._vector_chunk(arena, span, take)
         if code.exact is not None and self._exact:
-            residual = self._chunk(code.exact, span, "residual", take)
+            residual = self._residual(code, span, base, dtype, take)
         return Span(
             base, dtype, code, planes, vector, vector_dtype, residual, bits, touched, in_map
         )
@@ -555,15 +556,29 @@ class Decoder:
         predict(base, base_dtype, planes, part, table, rows, out, dtype, self._scratch)
         return out
 
-    def residual(self, arena: int, span: int) -> Bytes | None:
+    def residual(self, arena: int, span: int, base: Bytes) -> Bytes | None:
         """The residual over a span; None where there is none, or it is not wanted.
 
         Valid until the same thread asks for the next one.
+
+        Parameters
+        ----------
+        base
+            The base's bytes over the span.
         """
         code = self._codes.get(arena)
-        if code is None or code.exact is None or not self._exact:
+        if code is None or not self._exact:
             return None
-        return self._chunk(code.exact, span, "residual")
+        return self._residual(code, span, base, self._base.layout.arenas[arena].dtype)
+
+    def _residual(
+        self, code: ArenaCode, span: int, base: Bytes, dtype: str, take: Take | None = None
+    ) -> Bytes | None:
+        if code.exact is None:
+            return None
+        # What it was encoded against.
+        start = base if code.dtype == dtype else from_float32(to_float32(base, dtype), code.dtype)
+        return self._chunk(code.exact, span, "residual", take, side=start)
 
 
 def _check_length(snapshot: Snapshot, stream: Stream, size: int, length: int) -> None:

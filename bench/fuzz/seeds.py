@@ -102,11 +102,12 @@ def _chunks() -> dict[str, list[bytes]]:
         data = signs.ravel() if codec is SPARSE else words
         buffer = ChunkBuffer.of(data.size)
         np.copyto(buffer.data, data)
-        encoding = Encoding(codec, 4 if number == 2 else 0, 0.0)
+        parameter = {2: 4, 4: 3}.get(number, 0)
+        encoding = Encoding(codec, parameter, 0.0, np.zeros_like(data))
         value = bytes(seal_chunk(buffer, store=bytes(16), key=bytes(12), encoding=encoding))
         size = data.size.to_bytes(3, "little")
         chunks.append(b"\1" + size + value)
-        payloads.append(bytes([number, 4]) + size + value[48:])
+        payloads.append(bytes([number, value[5]]) + size + value[48:])
     return {"chunk": chunks, "codecs": payloads}
 
 

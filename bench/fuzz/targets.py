@@ -156,7 +156,8 @@ def _codecs(data: bytes) -> None:
         return
     codec = CODECS[data[0] % len(CODECS)]
     out = np.empty(int.from_bytes(data[2:5], "little") % _MAX_OUT, np.uint8)
-    codec.decode(memoryview(data)[5:], out, parameter=data[1])
+    side = np.zeros_like(out)
+    codec.decode(memoryview(data)[5:], out, parameter=data[1], side=side)
 
 
 def _objects(data: bytes) -> None:

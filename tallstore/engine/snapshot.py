@@ -142,8 +142,12 @@ class Snapshot:
     def _what(self, stream: Stream, chunk: int) -> str:
         return f"{self.path}: stream {stream.number}, chunk {chunk}"
 
-    def read_chunk(self, stream: Stream, chunk: int, out: Bytes | None) -> None:
+    def read_chunk(
+        self, stream: Stream, chunk: int, out: Bytes | None, *, side: Bytes | None = None
+    ) -> None:
         """Check one chunk and decode it into `out` (None: only check it).
+
+        `side` is what its encoding had, if it had any.
 
         Raises
         ------
@@ -152,7 +156,7 @@ class Snapshot:
         what = self._what(stream, chunk)
         value, checked = self._checked(stream, chunk, what)
         if out is not None:
-            checked.decode(out, what=what)
+            checked.decode(out, what=what, side=side)
         release_pages(np.frombuffer(value, np.uint8))
 
     def use_chunk(
