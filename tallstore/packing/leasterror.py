@@ -1,15 +1,14 @@
-"""``code="auto"``: which tensor gets how many bits.
+"""``code="auto"`` within an error: the fewest bits that a relative error can be had for.
 
 Every tensor has a choice of codes, each with its bits and the error it leaves, both known from the
-histogram of how far its weights moved. Of all ways to spend a budget the one with the least error
-in all gives each tensor the code that minimizes ``error + price * bits``, at one price for all
-tensors; the price is what fits the budget.
+histogram of how far its weights moved. Of all ways to come to an error the one with the fewest bits
+gives each tensor the code that minimizes ``error + price * bits``, at one price for all tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +18,7 @@ from tallstore.fitting import Magnitudes, gain_factor
 from tallstore.packing.drafting import dense_draft, moving, sparse_draft
 from tallstore.packing.drafts import Draft
 
-__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice"]
+__all__ = ["Allotment", "Choice", "Offers", "choices", "dense_choice", "sparse_choice"]
 
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2, 0.3,
@@ -56,18 +55,20 @@ def entropy(shares: Sequence[float]) -> float:
 
 def choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     """The ways to code a tensor that moved, the cheapest first."""
-    made = []
-    for density in _DENSITIES:
-        draft = sparse_draft(segment, found, density)
-        count, total = found.touched(draft.cut)
-        share = count / found.weights
-        bits = found.weights * (entropy((share, 1 - share)) + share)
-        made.append(_choice(draft, found, total, count, bits, gain))
+    made = [sparse_choice(sparse_draft(segment, found, d), found, gain) for d in _DENSITIES]
     for width in _BITS:
         dense = dense_draft(segment, found, width)
         if dense is not None:
             made.append(dense_choice(dense, found, gain))
     return sorted((c for c in made if c is not None), key=lambda choice: choice.bits)
+
+
+def sparse_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
+    """What sparse signs cost and leave; None where the gain is undefined."""
+    count, total = found.touched(draft.cut)
+    share = count / found.weights
+    bits = found.weights * (entropy((share, 1 - share)) + share)
+    return _choice(draft, found, total, count, bits, gain)
 
 
 def dense_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
@@ -112,47 +113,27 @@ class Offers:
         self.moved = sum(seen.moved for seen in there.values())
         """Squared norm of the task vector."""
 
-    def within(self, bits_per_weight: float) -> Allotment | None:
-        """What errs least within a budget; None where even the cheapest takes more."""
-        budget = bits_per_weight * self.weights
-        return self._search(lambda made: made.bits <= budget)
-
     def erring(self, relative_error: float) -> Allotment | None:
         """What takes the fewest bits for an error; None where the best errs more."""
         most = relative_error**2 * self.moved
-        if self.at(0).error > most:
+        found = self.at(0.0)
+        if found.error > most:
             return None
         # The dearest price whose error is still within.
-        return self._search(lambda made: made.error > most, other=True)
+        low, high = 0.0, max(self.moved, 1e-30) * 1e3
+        for _ in range(100):
+            middle = math.sqrt(max(low, high * 1e-15) * high)
+            made = self.at(middle)
+            if made.error <= most:
+                low, found = middle, made
+            else:
+                high = middle
+        return found
 
     def at(self, price: float) -> Allotment:
         """What minimizes error + price * bits, tensor by tensor."""
         some = self._choices.values()
         return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
-
-    @property
-    def cheapest(self) -> Allotment:
-        """What takes the fewest bits."""
-        return _together([some[0] for some in self._choices.values()])
-
-    def _search(
-        self, fits: Callable[[Allotment], bool], *, other: bool = False
-    ) -> Allotment | None:
-        """The allotment where `fits` turns true as the price rises: the one after, or before."""
-        low, high = 0.0, max(self.moved, 1e-30) * 1e3
-        before, after = self.at(low), self.at(high)
-        if fits(before):
-            return before
-        if not fits(after):
-            return after if other else None
-        for _ in range(100):
-            middle = math.sqrt(max(low, high * 1e-15) * high)
-            made = self.at(middle)
-            if fits(made):
-                high, after = middle, made
-            else:
-                low, before = middle, made
-        return before if other else after
 
 
 def _together(chosen: Sequence[Choice]) -> Allotment:
