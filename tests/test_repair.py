@@ -50,7 +50,7 @@ CODES: dict[str, dict[str, Any]] = {
     "seeded": {"code": "seeded"},
     "levels": {"code": "levels", "bits": 3},
     "levels over shared": {"code": "levels", "over": "shared"},
-    "auto": {"code": "auto"},
+    "auto": {"code": "auto", "bits_per_weight": 2.0},
 }
 
 

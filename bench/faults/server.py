@@ -19,8 +19,10 @@ from typing import Any, Final
 
 import torch
 
-from bench.faults.operations import OPERATIONS, check, make_template
+from bench.faults.checks import check
+from bench.faults.operations import OPERATIONS
 from bench.faults.shim import Shim
+from bench.faults.template import make_template
 from tallstore.engine import newfile, session
 from tallstore.errors import TallstoreError
 

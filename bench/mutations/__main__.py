@@ -1,10 +1,11 @@
 """Damage stores in many ways; see what comes of each.
 
 ``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
-judged in a process of its own, with a limit on its address space and on its time. Two stores are
-damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
-repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk). No two
-runs make quite the same stores: what should not be is kept, for ``--only SEED --file FILE``.
+judged in a process of its own, with a limit on its address space and on its time. Three stores are
+damaged: two zoos with a history, of masks and of all other codes (loaded task by task, verified,
+then written to, compacted or repaired), and one of the engine's whose tree is three levels deep
+(read chunk by chunk). No two runs make quite the same stores: what should not be is kept, for
+``--only SEED --file FILE``.
 
 - *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
 - *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
@@ -31,7 +32,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ import torch
 from bench.mutations.damage import Mutation, Victim, mutate
 from bench.mutations.judge import judge_deep, judge_zoo
 from bench.mutations.regions import regions
-from bench.mutations.stores import make_deep, make_zoo
+from bench.mutations.stores import Wanted, make_codes, make_deep, make_zoo
 from bench.rows import write
 
 #: Memory that one judgement may add to the process it was forked from.
@@ -53,7 +54,9 @@ _SEED: Final = 1
 
 def _made(folder: Path) -> None:
     for seed in (_SEED, _SEED + 1):
-        make_zoo(folder / f"zoo-{seed}.tall", seed)
+        for name, make in (("zoo", make_zoo), ("codes", make_codes)):
+            held = make(folder / f"{name}-{seed}.tall", seed)
+            torch.save(asdict(held), folder / f"{name}-{seed}.wanted")
         make_deep(folder / f"deep-{seed}.tall", seed)
 
 
@@ -78,9 +81,12 @@ def _victims(folder: Path) -> list[Victim]:
     if status:
         raise SystemExit("the stores could not be made")
     found = []
-    for name in ("zoo", "deep"):
+    for name in ("zoo", "codes", "deep"):
         one, two = (folder / f"{name}-{seed}.tall" for seed in (_SEED, _SEED + 1))
-        found.append(Victim(name, one.read_bytes(), regions(one), two.read_bytes(), regions(two)))
+        held = one.with_suffix(".wanted")
+        wanted = Wanted(**torch.load(held)) if held.exists() else None
+        data = (one.read_bytes(), regions(one), two.read_bytes(), regions(two))
+        found.append(Victim(name, *data, wanted))
     return found
 
 
@@ -94,7 +100,10 @@ def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: 
     resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
     path = folder / "zoo.tall"
     path.write_bytes(mutation.data)
-    judged = judge_zoo(path, _SEED, seed) if victim.name == "zoo" else judge_deep(path, _SEED)
+    if victim.wanted is None:
+        judged = judge_deep(path, _SEED)
+    else:
+        judged = judge_zoo(path, victim.wanted, _SEED, seed // 3)
     judged.skipped = mutation.data == victim.data
     answer.write_text(json.dumps(judged.to_json()))
 
@@ -175,12 +184,14 @@ class _Tally:
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         self.bad: list[dict[str, Any]] = []
         self.peak = 0.0
+        self.tried = 0
 
     def add(self, run: _Running, status: int, grown: float) -> None:
         kind, how, place = run.mutation.kind, run.mutation.how, run.place
         outcome, why, verdict = _outcome(status, grown, place / "answer")
         row = self.by_kind[kind]
         row["tried"] += 1
+        self.tried += 1
         row[outcome] += 1
         row["unchanged"] += bool(verdict.get("skipped"))
         row["writes"] += verdict.get("writes", 0)
@@ -207,8 +218,7 @@ def _run(
     resident = _resident()
     while True:
         while free and (seed := next(todo, None)) is not None:
-            # Two thirds of the mutations go to the store with tasks in it.
-            victim = victims[seed % 3 == 0]
+            victim = victims[seed % 3]
             place = free.pop()
             mutation = mutate(victim, seed)
             if file is not None:
@@ -221,6 +231,8 @@ def _run(
         pid, status, usage = watch.wait()
         run = running.pop(pid)
         tally.add(run, status, (usage.ru_maxrss * 1024 - resident) / 1e6)
+        if tally.tried % 1000 == 0:
+            print(f"{tally.tried} tried", flush=True)
         free.append(run.place)
 
 
