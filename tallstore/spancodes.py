@@ -21,7 +21,6 @@ from tallstore.codes import (
     SPARSE,
     ArenaCode,
     SeededPiece,
-    seeded_capacity,
     seeded_pieces,
 )
 from tallstore.documents import TaskDocument
@@ -33,7 +32,6 @@ from tallstore.seeding import seeded_tensor, support
 from tallstore.spans import Take, Touches
 
 __all__ = [
-    "check_code_streams",
     "code_bits",
     "code_planes",
     "code_touches",
@@ -50,28 +48,6 @@ def code_bits(code: ArenaCode) -> int:
     if code.seeded is not None:
         bits.append(min(code.value_bits + 1, MAX_BITS))
     return max(bits, default=1)
-
-
-def check_code_streams(
-    snapshot: Snapshot, layout: Layout, task: TaskDocument, code: ArenaCode
-) -> None:
-    """The seeded stream must be as long as its values take: decoding counts on it.
-
-    Raises
-    ------
-    CorruptStoreError
-    """
-    if code.seeded is None:
-        return
-    stream = snapshot.stream(code.seeded)
-    capacity = seeded_capacity(layout, task.codings or {}, code.arena)
-    size = code.value_bits * capacity // 8
-    wanted = (size, size * layout.arenas[code.arena].spans)
-    if (stream.chunk_size, stream.raw) != wanted:
-        raise CorruptStoreError(
-            f"{snapshot.path}: stream {code.seeded} has {stream.raw} bytes in chunks of "
-            f"{stream.chunk_size}, its values take {wanted[1]} in chunks of {wanted[0]}"
-        )
 
 
 def code_planes(
