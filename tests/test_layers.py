@@ -88,6 +88,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
         "devices",
         "dtypes",
         "exporting",
+        "integrations",
         "loading",
         "ring",
         "mask_statistics",
@@ -105,6 +106,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "zstandard": {"codecs"},
     "click": {"cli"},
     "matplotlib": {"report"},
+    "transformers": {"integrations"},
     "sklearn": {"demo"},
 }
 

@@ -96,9 +96,7 @@ def test_a_damaged_chunk_leaves_the_task_before(store: Path, task: str, budget: 
     switcher.switch("a")
     wanted = {name: bits(t.cpu()) for name, t in tensors(model).items()}
     for _ in range(2):
-        with pytest.raises(
-            ChecksumError, match=rf"stream {number}, chunk 0: checksum mismatch; [^;]*$"
-        ):
+        with pytest.raises(ChecksumError, match=rf"stream {number}, chunk 0: [^;]*; [^;]*$"):
             switcher.switch(task)
         assert switcher.live == "a" and switcher.switch("a").source == "live"
         assert {name: bits(t.cpu()) for name, t in tensors(model).items()} == wanted
