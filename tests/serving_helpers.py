@@ -53,7 +53,7 @@ def assert_is(model: torch.nn.Module, store: Path, task: str, **options: str) ->
 
 
 def make_store(path: Path, *, exact: bool = False, dtype: torch.dtype = torch.float32) -> State:
-    """Masks of two tasks, an exact difference, changed integers, a frozen tensor: its base."""
+    """Masks of two tasks, an exact difference, changed integers, a frozen tensor; the base."""
     base = make_base(dtype=dtype)
     a, b = fine_tune(base, 1), fine_tune(base, 2)
     a["positions"] = torch.arange(11) + 3

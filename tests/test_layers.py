@@ -91,6 +91,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
         "devices",
         "dtypes",
         "exporting",
+        "integrations",
         "loading",
         "ring",
         "mask_statistics",
@@ -108,6 +109,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "zstandard": {"codecs"},
     "click": {"cli"},
     "matplotlib": {"report"},
+    "transformers": {"integrations"},
     "sklearn": {"demo"},
 }
 

@@ -184,9 +184,7 @@ def test_tied_in_the_model_alone(tmp_path: Path) -> None:
     with TaskSwitcher(model, store, tasks=["same"]) as switcher:
         switcher.switch("same")
     assert bits(model.out.weight.detach().cpu()) == bits(same["out.weight"])
-    with pytest.raises(
-        MismatchError, match=r"ties 'embed\.weight' and 'out\.weight', which differ"
-    ):
+    with pytest.raises(MismatchError, match="ties 'embed"):
         TaskSwitcher(model, store)
 
 

@@ -49,6 +49,9 @@ class Offer:
 
     def __init__(self, store: TallStore, model: Model, choice: Choice, pool: Workers) -> None:
         self.store = store
+        #: What tells whether another generation shares the base, and everything else.
+        self.base = store.base.identity
+        self.file = (store._held().manifest.store, store.vector)
         names = tuple(store.tasks) if choice.tasks is None else choice.tasks
         if not names:
             raise OptionError(f"{store.path}: there are no tasks to serve; tallstore add adds some")
@@ -96,12 +99,11 @@ class Offer:
 
     def inherit(self, older: Offer) -> tuple[str, ...]:
         """Take over what is the same in another generation; returns the tasks that are."""
-        mine, other = self.store, older.store
-        if mine.base.identity != other.base.identity:
+        if self.base != older.base:
             return ()
-        same_file = mine._held().manifest.store == other._held().manifest.store
-        self.resident.inherit(older.resident, vector=same_file and mine.vector == other.vector)
-        if not same_file or mine.vector != other.vector:
+        same = self.file == older.file
+        self.resident.inherit(older.resident, vector=same)
+        if not same:
             return ()
         return tuple(n for n, record in self.records.items() if older.records.get(n) == record)
 

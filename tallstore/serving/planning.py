@@ -15,7 +15,7 @@ from tallstore.codes import SEEDED, SPARSE, ArenaCode, SegmentCode
 from tallstore.documents import BASE, CODE
 from tallstore.dtypes import is_codable
 from tallstore.kernels.sparse_reference import GROUP
-from tallstore.layout import BLOCK
+from tallstore.layout import BLOCK, SPAN
 from tallstore.loading import Loader
 from tallstore.serving.binding import Binding
 from tallstore.spancodes import code_bits
@@ -113,11 +113,11 @@ class Plan:
     def _compact_bytes(self, run: Run, code: SegmentCode) -> int:
         weights = run.out.numel()
         if code.form == SEEDED:
-            return -(-weights // code.stride) * code.bits // 8
+            return _seeded_bytes(run, code)
         task = self.loader.task
         density = {s.segment: s.density for s in task.stats} if task is not None else {}
         touched = round(density.get(run.segment, 1.0) * weights)
-        return 2 * touched + 8 * (-(-weights // GROUP) + 1)
+        return 2 * touched + 8 * (-(-weights // GROUP) + 1) + 4 * (1 << code.bits)
 
     @property
     def exact_bytes(self) -> int:
@@ -141,6 +141,18 @@ class Plan:
     def _is_private(self, piece: Verbatim) -> bool:
         task = self.loader.task
         return task is None or all(part.kind != CODE for part in task.parts[piece.segment])
+
+
+def _seeded_bytes(run: Run, code: SegmentCode) -> int:
+    total, start = 0, run.first
+    while start < run.stop:
+        stop = min((start // SPAN + 1) * SPAN, run.stop)
+        groups = -(-(stop - start) // code.stride)
+        blocks = -(-groups // BLOCK)
+        # Values, and for each block and piece what the kernels find them by.
+        total += blocks * (BLOCK // 8 * code.bits + 4) + 4 * len(code.levels) + 40
+        start = stop
+    return total
 
 
 def plan(loader: Loader, binding: Binding, *, exact: bool) -> Plan:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tallstore.devices import wanted_device
-from tallstore.errors import OptionError, StoreClosedError, UnknownTaskError
+from tallstore.errors import OptionError, StoreClosedError, StoreLockedError, UnknownTaskError
 from tallstore.serving.binding import Private
 from tallstore.serving.model import Model
 from tallstore.serving.offer import Choice, Offer, listed
@@ -125,7 +125,14 @@ class TaskSwitcher:
 
     def _open(self, stack: ExitStack, older: Stock | None = None) -> Stock:
         """The store as it is now, in memory as far as was asked for."""
-        store = TallStore(self._path, external_base=self._base_at)
+        try:
+            store = TallStore(self._path, external_base=self._base_at)
+        except StoreLockedError:
+            if older is None:
+                raise
+            # Another file is in its place: it cannot be opened while this one is.
+            older.offer.store.close()
+            store = TallStore(self._path, external_base=self._base_at)
         stack.callback(store.close)
         return Stock(
             Offer(store, self._model, self._choice, self._pool),
@@ -341,7 +348,8 @@ class TaskSwitcher:
         """Serve what is in the store now: tasks that were added, another store in its place.
 
         Until then the switcher shows the store as it was when it was made. Waits until nobody uses
-        the model. What did not change is not read again; if it fails, everything is as before.
+        the model. What did not change is not read again. If it fails, everything that is in memory
+        is served as before; and what is not, unless another file took the place of the store's.
 
         Raises
         ------
