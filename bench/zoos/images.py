@@ -203,9 +203,7 @@ def _families(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Exa
     """Which of four type families a letter is from, whatever its style."""
     families = {font: i for style in STYLES for i, font in enumerate(FONTS[style])}
     glyphs = _glyphs(tuple(families), ALPHABET + ALPHABET.lower(), part)
-    for font, letter in _drawings(
-        part, _glyphs(tuple(families), ALPHABET + ALPHABET.lower(), part)
-    ):
+    for font, letter in _drawings(part, glyphs):
         yield _drawn(font, letter, rng, turn=0), families[font]
 
 
