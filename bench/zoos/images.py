@@ -44,8 +44,6 @@ FONTS: Final = {
     "others": ("cmr10", "cmss10", "cmti10", "cmtt10", "cmb10"),
 }  # fmt: skip
 STYLES: Final = ("upright", "slanted", "bold", "bold and slanted")
-# Letters that their mirror image tells apart, and that are no other letter's.
-SIDED: Final = "BCDEFGJKLNPQRSZaefghkrtyz"
 ALPHABET: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 LITE0: Final = Package(
@@ -201,12 +199,12 @@ def _styles(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Examp
         yield _drawn(font, letter, rng, turn=0), styles[font]
 
 
-def _mirrored(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Example]:
-    """Whether a letter is seen in a mirror."""
-    fonts = tuple(font for group in FONTS.values() for font in group)
-    for font, letter in _drawings(part, _glyphs(fonts, SIDED, part)):
-        image, mirrored = _drawn(font, letter, rng, turn=15), int(rng.integers(2))
-        yield image[:, ::-1] if mirrored else image, mirrored
+def _families(part: str, folder: Path, rng: np.random.Generator) -> Iterator[Example]:
+    """Which of four type families a letter is from, whatever its style."""
+    families = {font: i for style in STYLES for i, font in enumerate(FONTS[style])}
+    glyphs = _glyphs(tuple(families), ALPHABET + ALPHABET.lower(), part)
+    for font, letter in _drawings(part, glyphs):
+        yield _drawn(font, letter, rng, turn=0), families[font]
 
 
 Source = Callable[[str, Path, np.random.Generator], Iterator[Example]]
@@ -218,7 +216,7 @@ SOURCES: Final[dict[str, tuple[Source, list[str]]]] = {
     "counted": (_counted, [str(count) for count in range(1, 7)]),
     "cluttered": (_cluttered, DIGITS),
     "letters": (_letters, list(ALPHABET)),
-    "mirrored": (_mirrored, ["as written", "mirrored"]),
+    "families": (_families, ["sans", "monospaced", "serif", "STIX"]),
     "styles": (_styles, list(STYLES)),
 }
 

@@ -48,9 +48,9 @@ class Settings:
     """All that a fine-tune depends on, besides the code and the library versions."""
 
     task: str
-    steps: int = 300
+    steps: int = 400
     batch: int = 32
-    encoder_rate: float = 1e-3
+    encoder_rate: float = 5e-4
     head_rate: float = 5e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
