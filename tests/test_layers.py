@@ -103,6 +103,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
         "serving",
         "sources",
         "store",
+        "predicting",
     },
     "lmdb": {"engine"},
     "xxhash": {"engine", "packing"},
