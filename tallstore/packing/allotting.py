@@ -30,8 +30,11 @@ from tallstore.packing.drafts import Draft
 
 __all__ = ["Allotment", "Choice", "Offers", "dense_choice", "sparse_choice"]
 
-#: An error at random averages out over at most so many inputs.
+#: An error at random averages out over at most so many inputs; more where there are few bits, and
+#: the other way is to leave tensors as they were.
 _AVERAGED: Final = 50
+_AVERAGED_OF_FEW: Final = 100
+_FEW: Final = 0.1
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2,
 )  # fmt: skip
@@ -92,7 +95,7 @@ class Offers:
         self, found: Mapping[int, Magnitudes], gain: str, fans: Mapping[int, int] | None = None
     ) -> None:
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
-        self._averaged = {n: min(_AVERAGED, (fans or {}).get(n, 1)) for n in self._there}
+        self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: _direct(n, seen, gain) for n, seen in self._there.items()}
         self._seeded = {n: _seeded(n, seen, gain) for n, seen in self._there.items()}
         self.weights = sum(seen.weights for seen in found.values())
@@ -102,14 +105,15 @@ class Offers:
     def within(self, bits_per_weight: float) -> Allotment:
         """What does the least harm within a budget; everything is left where it buys nothing."""
         budget = bits_per_weight * self.weights
+        averaged = _AVERAGED_OF_FEW if bits_per_weight < _FEW else _AVERAGED
         low, high = 0.0, max(self.moved, 1e-30) * 1e3
-        found = self._cheapest(low)
+        found = self._cheapest(low, averaged)
         if found.bits <= budget:
             return found
-        found = self._cheapest(high)
+        found = self._cheapest(high, averaged)
         for _ in range(100):
             middle = math.sqrt(max(low, high * 1e-15) * high)
-            made = self._cheapest(middle)
+            made = self._cheapest(middle, averaged)
             if made.bits <= budget:
                 high, found = middle, made
             else:
@@ -142,11 +146,11 @@ class Offers:
         some = [offers for offers in self._direct.values() if offers]
         return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
 
-    def _cheapest(self, price: float) -> Allotment:
+    def _cheapest(self, price: float, most: float) -> Allotment:
         """What minimizes harm + price * bits, tensor by tensor, leaving a tensor included."""
         chosen: list[Choice] = []
         for n, seen in self._there.items():
-            averaged = self._averaged[n]
+            averaged = min(most, self._fans[n])
             best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
             least = seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
