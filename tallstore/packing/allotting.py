@@ -11,6 +11,10 @@ rule (`bench.frontier` measures what comes of it). Few bits then go to values on
 more of them where weights moved further, and tensors that moved by next to nothing are left as they
 were.
 
+An error counts relative to the norm of the tensor's own weights in the base: what is little to a
+large tensor is much to a small one, such as a depthwise convolution. Vectors (biases, norms) count
+as the matrix before them.
+
 *Within an error* harm is the squared error, and bits are spent on signs and levels.
 """
 
@@ -98,6 +102,7 @@ class Offers:
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: _direct(n, seen, gain) for n, seen in self._there.items()}
         self._seeded = {n: _seeded(n, seen, gain) for n, seen in self._there.items()}
+        self._counts = _counts(self._there, self._fans)
         self.weights = sum(seen.weights for seen in found.values())
         self.moved = sum(seen.moved for seen in self._there.values())
         """Squared norm of the task vector."""
@@ -106,7 +111,10 @@ class Offers:
         """What does the least harm within a budget; everything is left where it buys nothing."""
         budget = bits_per_weight * self.weights
         averaged = _AVERAGED_OF_FEW if bits_per_weight < _FEW else _AVERAGED
-        low, high = 0.0, max(self.moved, 1e-30) * 1e3
+        low, high = (
+            0.0,
+            1e3 * max(1e-30, *(self._counts[n] * s.moved for n, s in self._there.items()), 0.0),
+        )
         found = self._cheapest(low, averaged)
         if found.bits <= budget:
             return found
@@ -152,13 +160,25 @@ class Offers:
         for n, seen in self._there.items():
             averaged = min(most, self._fans[n])
             best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
-            least = seen.moved
+            counts = self._counts[n]
+            least = counts * seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
-                cost = choice.harm(averaged) + price * choice.bits
+                cost = counts * choice.harm(averaged) + price * choice.bits
                 if cost < least:
                     best, least = choice, cost
             chosen.append(best)
         return _together(chosen)
+
+
+def _counts(found: Mapping[int, Magnitudes], fans: Mapping[int, int]) -> dict[int, float]:
+    """What a squared error of each tensor counts: 1 / its norm; a vector's, the last matrix's."""
+    made: dict[int, float] = {}
+    last = 1.0
+    for n, seen in sorted(found.items()):
+        if fans[n] > 1 and 0 < seen.base < math.inf:
+            last = 1 / math.sqrt(seen.base)
+        made[n] = last
+    return made
 
 
 def _together(chosen: Sequence[Choice]) -> Allotment:

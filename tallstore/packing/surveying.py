@@ -31,6 +31,8 @@ class Moves:
 
     moves: Floats
     """Task vector, float32; 0 where the task has no weight."""
+    base: Floats
+    """Weights of the base, float32."""
     vector: Floats | None
     raw: Bytes
     """The task's own weights as bytes of its dtype, in gaps the base's."""
@@ -48,14 +50,15 @@ def span_moves(candidate: Candidate, arena: int, span: int, read: SpanReader) ->
     width = itemsize(dtype)
     same = [dtype == record.dtype and same_bytes(raw, base, item, width) for item in held]
     if not is_codable(record.dtype):
-        return Moves(np.zeros(0, np.float32), None, raw, held, same)
+        nothing = np.zeros(0, np.float32)
+        return Moves(nothing, nothing, None, raw, held, same)
     base32, own32 = to_float32(base, record.dtype), to_float32(raw, dtype)
     moves = np.zeros(base32.size, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         for item in held:
             some = slice(item.start, item.stop)
             np.subtract(own32[some], base32[some], out=moves[some])
-    return Moves(moves, vector, raw, held, same)
+    return Moves(moves, base32, vector, raw, held, same)
 
 
 def coded_spans(candidate: Candidate) -> Iterator[tuple[int, int]]:
@@ -96,6 +99,7 @@ def survey_candidate(
             if not same:
                 vector = seen.vector if shared else None
                 part.add(seen.moves[some], None if vector is None else vector[some])
+                part.base = _square(seen.base[some])
             with lock:
                 whole = found.setdefault(held.base_segment, Magnitudes(0))
                 whole.weights += held.stop - held.start
@@ -105,6 +109,11 @@ def survey_candidate(
     for _ in workers.each(survey, coded_spans(candidate)):
         pass
     return found
+
+
+def _square(values: Floats) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.einsum("i,i->", values, values, dtype=np.float64, casting="same_kind"))
 
 
 def survey_values(
