@@ -37,6 +37,9 @@ from tallstore.packing.drafts import Draft
 __all__ = ["Allotment", "Choice", "Offers", "dense_choice", "sparse_choice"]
 
 _NOISE: Final = 3.0
+#: With few bits noise is large whatever is done, and harms less than it would in proportion: it
+#: counts at most so many times the budget's bits a weight.
+_SATURATED: Final = 0.125
 _BY_RULE: Final = 50
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2,
@@ -110,14 +113,15 @@ class Offers:
     def within(self, bits_per_weight: float) -> Allotment:
         """What does the least harm within a budget; everything is left where it buys nothing."""
         budget = bits_per_weight * self.weights
+        rate = min(self._noise, _SATURATED * bits_per_weight)
         low, high = 0.0, max(self.moved, 1e-30) * 1e3
-        found = self._cheapest(low)
+        found = self._cheapest(low, rate)
         if found.bits <= budget:
             return found
-        found = self._cheapest(high)
+        found = self._cheapest(high, rate)
         for _ in range(100):
             middle = math.sqrt(max(low, high * 1e-15) * high)
-            made = self._cheapest(middle)
+            made = self._cheapest(middle, rate)
             if made.bits <= budget:
                 high, found = middle, made
             else:
@@ -150,17 +154,15 @@ class Offers:
         some = [offers for offers in self._direct.values() if offers]
         return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
 
-    def _cheapest(self, price: float) -> Allotment:
+    def _cheapest(self, price: float, rate: float) -> Allotment:
         """What minimizes harm + price * bits, tensor by tensor, leaving a tensor included."""
         chosen: list[Choice] = []
         for n, seen in self._there.items():
-            by_rule = min(self._noise * min(_BY_RULE, self._fans[n]), 1.0)
-            # Nothing averages out over one input.
-            noise = self._noise if self._fans[n] > 1 else by_rule
+            by_rule = min(rate * min(_BY_RULE, self._fans[n]), 1.0)
             best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
             least = seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
-                cost = choice.harm(noise, by_rule) + price * choice.bits
+                cost = choice.harm(rate, by_rule) + price * choice.bits
                 if cost < least:
                     best, least = choice, cost
             chosen.append(best)
