@@ -35,6 +35,7 @@ class Closable(Protocol):
 
 
 _Companion = TypeVar("_Companion", bound=Closable)
+_Result = TypeVar("_Result")
 
 
 class Snapshot:
@@ -157,6 +158,26 @@ class Snapshot:
         if out is not None:
             checked.decode(out, what=what, side=side)
         release_pages(np.frombuffer(value, np.uint8))
+
+    def use_chunk(
+        self, stream: Stream, chunk: int, use: Callable[[CheckedChunk], _Result]
+    ) -> _Result:
+        """Check one chunk and give what `use` makes of it, which must hold no view of it.
+
+        Raises
+        ------
+        ChecksumError, CorruptStoreError
+        """
+        what = self._what(stream, chunk)
+        value, checked = self._checked(stream, chunk, what)
+        if checked.raw_size != stream.raw_size(chunk):
+            raise CorruptStoreError(f"{what}: {checked.raw_size} bytes, another size is expected")
+        try:
+            result = use(checked)
+        except CorruptStoreError as exc:
+            raise CorruptStoreError(f"{what}: {exc}") from exc
+        release_pages(np.frombuffer(value, np.uint8))
+        return result
 
     def view_chunk(self, stream: Stream, chunk: int, *, room: Callable[[int], Bytes]) -> Bytes:
         """Check one chunk and give its data, without a copy where it is stored as it is.
