@@ -103,8 +103,10 @@ def measure(failures: Failures, *, seed: int, count: int | None) -> list[dict[st
     ]
     draw = random.Random(seed)
     draw.shuffle(cases)
-    for name, fault, number in cases[:count]:
+    for done, (name, fault, number) in enumerate(cases[:count], 1):
         failures.at(name, fault, number)
+        if done % 500 == 0:
+            print(f"{done} faults", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

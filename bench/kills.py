@@ -57,10 +57,7 @@ class Kills:
 
     def at_steps(self, name: str) -> None:
         """At each named step, and at its second coming where there is one."""
-        steps = OPERATIONS[name].steps
-        if OPERATIONS[name].before is None or name in ("save over", "pack over", "compact"):
-            steps = (*steps, "publish", "published")
-        for step in steps:
+        for step in OPERATIONS[name].steps:
             for occurrence in (1, 2):
                 request = {"step": step, "occurrence": occurrence}
                 if not self._once(name, f"step {step} {occurrence}", **request):
@@ -109,6 +106,8 @@ def measure(kills: Kills, *, count: int, seed: int) -> list[dict[str, Any]]:
     while done < count:
         killed = kills.at_random(names[(done + late) % len(names)], draw)
         done, late = done + killed, late + (not killed)
+        if killed and done % 100 == 0:
+            print(f"random: {done} kills", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

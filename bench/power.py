@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.faults.driver import Driver
-from bench.faults.operations import OPERATIONS, prepare
+from bench.faults.operations import OPERATIONS
 from bench.faults.shim import Event, read_log
+from bench.faults.template import prepare
 from bench.rows import write
 
 __all__ = ["Recording", "cut_power", "record"]
@@ -246,6 +247,8 @@ def measure(driver: Driver, *, count: int, seed: int) -> list[dict[str, Any]]:
         except AssertionError as exc:
             failures.append(f"{name}, after call {moment}, {share:.0%} kept: {exc}")
             print(failures[-1], flush=True)
+        if (number + 1) % 500 == 0:
+            print(f"{number + 1} cuts", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

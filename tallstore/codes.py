@@ -7,6 +7,7 @@ A TALL mask is the code of one plane over the shared vector, whose levels are (0
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,7 @@ from tallstore.layout import BLOCK, Layout, Piece
 
 __all__ = [
     "MAX_BITS",
+    "MAX_STRIDE",
     "PLANES",
     "SEEDED",
     "SPARSE",
@@ -43,12 +45,15 @@ _FORMS: Final = (PLANES, SPARSE, SEEDED)
 
 #: Most planes of codes over the weights, and most bits of a seeded value.
 MAX_BITS: Final = 4
+#: The longest stride of seeded values.
+MAX_STRIDE: Final = (1 << 31) - 1
 #: Levels of a TALL mask: a weight takes the shared vector or leaves it.
 TALL_LEVELS: Final = (0.0, 1.0)
 #: Level of a weight that no value touches: x + -0.0 is x for every x, to the bit.
 _UNTOUCHED: Final = -0.0
 _SHARED, _OVER_BASE = 1, 2
-_MAX_STRIDE: Final = 1 << 31
+#: float32's largest.
+_MAX_LEVEL: Final = float.fromhex("0x1.fffffep+127")
 _MAX_COUNT: Final = 1 << 60
 
 
@@ -237,6 +242,11 @@ def _count(value: object, most: int, what: str) -> int:
     return value
 
 
+def _is_number(value: object, most: float) -> bool:
+    """Whether it is a number of at most that magnitude."""
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= most
+
+
 def code_from_json(record: Sequence[Any], *, plain: bool, what: str) -> ArenaCode:
     """Read the items of what `code_to_json` wrote; arena and dtype were checked."""
     arena, dtype, planes, exact = record[:4]
@@ -279,13 +289,11 @@ def segment_code_from_json(record: Sequence[Any], segments: int, what: str) -> S
         raise CorruptStoreError(f"{what}: the form of a code is no text")
     if form not in _FORMS:
         raise strictjson.newer(what, f"a code of form {form[:80]!r}", _FORMS)
-    numbers = isinstance(levels, list) and all(
-        type(n) in (int, float) and math.isfinite(n) for n in levels
-    )
+    numbers = isinstance(levels, list) and all(_is_number(n, _MAX_LEVEL) for n in levels)
     counts = (1,) if form == SPARSE else (2, 4, 8, 16)
     if not numbers or len(levels) not in counts:
         raise CorruptStoreError(f"{what}: segment {segment} has no levels of its code")
-    _count(stride, _MAX_STRIDE, what)
+    _count(stride, MAX_STRIDE, what)
     if (stride > 0) != (form == SEEDED):
         raise CorruptStoreError(f"{what}: segment {segment} has a stride of {stride}")
     return SegmentCode(segment, form, tuple(float(n) for n in levels), stride)
@@ -305,7 +313,7 @@ def stats_from_json(record: Sequence[Any], what: str) -> SegmentStats:
     _count(segment, _MAX_COUNT, what)
     projection = numbers[3] if len(numbers) == 4 else None
     plain = numbers[:3] + ([] if projection is None else [projection])
-    if not all(type(n) in (int, float) for n in plain):
+    if not all(_is_number(n, sys.float_info.max) for n in plain):
         raise CorruptStoreError(f"{what}: statistics that are no numbers")
     found = [float(n) for n in plain]
     return SegmentStats(segment, *found)

@@ -7,13 +7,14 @@ uint16 bit patterns, since numpy has no such dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tallstore.bits import count_bits, pack_bits
+from tallstore.codecs.ordered import ordered, unordered, unzigzag, zigzag
 from tallstore.dtypes import itemsize, torch_dtype
 
 __all__ = [
@@ -30,7 +31,6 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SIGNED: Final = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _ORDERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
@@ -146,28 +146,6 @@ def encode_tall(
     return packed, CodeStats(base.size, count_bits(packed), moved, error, same=False, finite=finite)
 
 
-def _ordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Float bit patterns as unsigned integers that order as the floats do."""
-    if dtype not in _ORDERED:
-        return words
-    kind = words.dtype.type
-    top = kind(8 * words.itemsize - 1)
-    negative = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
-    mask: npt.NDArray[Any] = words ^ (negative | (kind(1) << top))
-    return mask
-
-
-def _unordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    if dtype not in _ORDERED:
-        return words
-    kind = words.dtype.type
-    top = kind(8 * words.itemsize - 1)
-    # The top bit is set where the float was positive: those got the sign bit flipped alone.
-    positive = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
-    back: npt.NDArray[Any] = words ^ (~positive | (kind(1) << top))
-    return back
-
-
 def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
     """The exact tier: zigzag of the integer difference of two runs of bit patterns.
 
@@ -183,20 +161,18 @@ def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
         ordered(predicted)`` modulo the word, little endian.
     """
     size = itemsize(dtype)
-    kind, signed = _UNSIGNED[size], _SIGNED[size]
-    top = 8 * size - 1
-    difference = _ordered(actual.view(kind), dtype) - _ordered(predicted.view(kind), dtype)
-    sign = (difference.view(signed) >> signed(top)).view(kind)
-    zigzag: Bytes = ((difference << kind(1)) ^ sign).view(np.uint8)
-    return zigzag
+    one, other = actual.view(_UNSIGNED[size]), predicted.view(_UNSIGNED[size])
+    if dtype in _ORDERED:
+        one, other = ordered(one), ordered(other)
+    raw: Bytes = zigzag(one - other).view(np.uint8)
+    return raw
 
 
-def add_residual(predicted: Bytes, zigzag: Bytes, dtype: str) -> Bytes:
+def add_residual(predicted: Bytes, folded: Bytes, dtype: str) -> Bytes:
     """The inverse of `residual`: the actual bytes."""
-    size = itemsize(dtype)
-    kind = _UNSIGNED[size]
-    words = zigzag.view(kind)
-    difference = (words >> kind(1)) ^ (kind(0) - (words & kind(1)))
-    ordered = _ordered(predicted.view(kind), dtype) + difference
-    raw: Bytes = _unordered(ordered, dtype).view(np.uint8)
+    kind = _UNSIGNED[itemsize(dtype)]
+    difference, words = unzigzag(folded.view(kind)), predicted.view(kind)
+    plain = dtype not in _ORDERED
+    actual = words + difference if plain else unordered(ordered(words) + difference)
+    raw: Bytes = actual.view(np.uint8)
     return raw

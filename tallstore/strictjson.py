@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -116,7 +117,7 @@ def field(record: Mapping[str, Any], name: str, kind: type[_T], *, what: str) ->
         value = record[name]
     except KeyError:
         raise CorruptStoreError(f"{what} lacks the field {name!r}") from None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not kind:
         raise CorruptStoreError(

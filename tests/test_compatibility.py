@@ -14,15 +14,13 @@ import pytest
 import xxhash
 from cli_helpers import ok, refused
 from helpers import assert_same
-from test_bad_input import Stored, rewrite, rewrite_body, stored, values
+from stored import Stored, rewrite, rewrite_body, values
 
 import tallstore
 from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
 from tallstore.engine.keys import MANIFEST_KEY, chunk_key
 from tallstore.engine.manifest import FORMAT_VERSIONS, Manifest
 from tallstore.errors import ChecksumError, CorruptStoreError, NewerFormatError, TallstoreError
-
-__all__ = ["stored"]  # the fixture
 
 Record = dict[str, Any]
 CURE = "update tallstore"

@@ -16,7 +16,7 @@ import torch
 from cli_helpers import ok, ok_json, refused, run
 from helpers import assert_same
 from safetensors.torch import load_file, save_file
-from test_bad_input import damaged, rewrite_body, values
+from stored import damaged, rewrite_body, values
 from zoo import State, bits, fine_tune, make_base, run_child
 
 import tallstore

@@ -232,7 +232,6 @@ def test_weights_take_no_room_of_their_own() -> None:
 
 def test_none_is_no_weight() -> None:
     for backend, count in itertools.product((None, "reference", FAST), (0, 1)):
-        planes = torch.zeros(1, 0, dtype=torch.uint8) if count else None
-        reconstruct(
-            torch.ones(0), planes, None, (1.0,) * (1 << count), torch.ones(0), backend=backend
-        )
+        planes = torch.zeros(1, 0, dtype=torch.uint8, device=DEVICE) if count else None
+        none = torch.ones(0, device=DEVICE)
+        reconstruct(none, planes, None, (1.0,) * (1 << count), none.clone(), backend=backend)

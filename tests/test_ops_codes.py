@@ -254,7 +254,7 @@ def test_counts_refuse_what_does_not_fit() -> None:
         (OptionError, lambda: ops.at_least(masks, -1, 128), "k=-1"),
         (
             OptionError,
-            lambda: ops.at_least(masks[:1].expand(65, -1), 1, 128, backend="triton"),
+            lambda: ops.at_least(masks[:1].to(DEVICE).expand(65, -1), 1, 128, backend="triton"),
             "65 masks; 64 can be counted",
         ),
     ]

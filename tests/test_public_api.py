@@ -25,7 +25,9 @@ PUBLIC = [
     "open",
     "pack",
     "relink",
+    "repack",
     "save",
+    "strip",
 ]
 
 #: Each error with its parent and the builtin that catches it, too.

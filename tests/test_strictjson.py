@@ -108,6 +108,8 @@ def test_fields() -> None:
     record = {"n": 3, "none": None, "list": [1, 2], "object": {"a": 1}, "mixed": [1, "2"]}
     assert strictjson.field(record, "n", int, what="w") == 3
     assert repr(strictjson.field(record, "n", float, what="w")) == "3.0"
+    with pytest.raises(CorruptStoreError, match="field 'n' is int, not float"):
+        strictjson.field({"n": 10**400}, "n", float, what="w")
     assert strictjson.optional(record, "none", int, what="w") is None
     assert strictjson.optional(record, "absent", int, what="w") is None
     assert strictjson.optional(record, "n", int, what="w") == 3

@@ -19,6 +19,8 @@ Regions = dict[str, list[tuple[int, int]]]
 
 _META_BYTES = 16 + 136
 _LEAF_FLAG = 2
+#: By codec.
+_PAYLOADS = ("raw payload", "zstd payload", "planes payload", "sparse payload")
 
 
 def _values(
@@ -38,7 +40,7 @@ def _values(
             found["manifest"].append((place, stop))
             continue
         found["chunk header"].append((place, place + HEADER_SIZE))
-        kind = {0: "raw payload", 1: "zstd payload", 2: "planes payload"}[data[place + 4]]
+        kind = _PAYLOADS[data[place + 4]]
         if stop > place + HEADER_SIZE:
             found[kind].append((place + HEADER_SIZE, stop))
     return inline

@@ -26,7 +26,13 @@ except ImportError:  # before 3.0
 from tallstore.advice import reserve
 from tallstore.engine.datafile import check_data_file
 from tallstore.engine.lockless import register
-from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
+from tallstore.engine.refusals import (
+    MAP_SIZE,
+    MAX_READERS,
+    check_path,
+    lmdb_errors,
+    system_refusal,
+)
 from tallstore.engine.waiting import attempts
 from tallstore.errors import (
     NotAStoreError,
@@ -315,8 +321,9 @@ def open_environment(path: Path) -> Environment:
 
     Raises
     ------
-    StoreNotFoundError, NotAStoreError, TruncatedStoreError, StoreIOError
+    StoreNotFoundError, NotAStoreError, TruncatedStoreError, StoreIOError, OptionError
     """
+    check_path(path)
     if path.is_dir():
         raise NotAStoreError(f"{path}: a directory, not a tallstore file")
     with _REGISTRY.lock, lmdb_errors(path, doing="open"):
@@ -355,6 +362,7 @@ def create_environment(path: Path, *, destination: Path) -> Environment:
     place, and `WriteSession.commit` syncs it before that. It has a reader table all the same:
     without one, LMDB would use pages again that this process's own snapshots still read.
     """
+    check_path(destination)
     with lmdb_errors(destination, doing="create", needed=_LOCK_FILE_SIZE):
         _make_lock_file(path)
         opened = _lmdb_open(path, readonly=False, lock=True, create=True, sync=False)

@@ -163,7 +163,7 @@ class TargetEncoder:
             same = dtype == base_dtype
             start = base if same else from_float32(to_float32(base, base_dtype), dtype)
             zigzag = residual(raw, start, dtype)
-            self._exact[arena].put(span, zigzag, encoding=residuals(dtype))
+            self._exact[arena].put(span, zigzag, encoding=residuals(dtype, start))
 
     def _count(self, found: list[tuple[int, CodeStats]]) -> None:
         with self._lock:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Final, Protocol
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codes import SEEDED, SPARSE
 from tallstore.coding import Floats, to_float32
 from tallstore.decoding import Decoder
 from tallstore.documents import BaseDocument
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
-from tallstore.packing.allotting import Offers, dense_choice
+from tallstore.mergestream.feed import shapes
+from tallstore.packing.allotting import Allotment, Offers, dense_choice
 from tallstore.packing.codeoptions import CodeOptions
-from tallstore.packing.drafting import fixed_drafts
+from tallstore.packing.drafting import fixed_drafts, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.surveying import survey_candidate, survey_values
@@ -66,6 +69,10 @@ class Planner:
         meter: Meter,
     ) -> None:
         self._decoder = Decoder(snapshot, base, vector=vector if options.shared else None)
+        self._fans = {
+            n: math.prod(shape[1:]) if len(shape) > 1 else 1
+            for n, (_, shape) in shapes(base.contents.tensors, base.contents.segments).items()
+        }
         self._vector = vector
         self._options = options
         self._workers = workers
@@ -160,7 +167,7 @@ class Planner:
         self, candidate: Candidate, found: Mapping[int, Magnitudes], trial: Trial
     ) -> tuple[Target, list[str]]:
         """The fewest bits of a ladder whose weights score well enough; else the exact tier."""
-        options, offers = self._options, Offers(found, self._options.gain)
+        options = self._options
         share = options.keep or 1.0
         whole = trial.original(candidate)
         if not (math.isfinite(whole) and whole > 0):
@@ -168,18 +175,15 @@ class Planner:
                 f"keep={share}: evaluate({candidate.name!r}, ...) gave {whole} for the original; a "
                 "share of it needs a score above 0"
             )
-        target: Target | None = None
+        offers = Offers(found, options.gain, self._fans)
+        target = self._target(candidate, {}, options, True)
         score = -math.inf
         for bits in _LADDER:
-            allotted = offers.within(bits)
-            if allotted is None:
-                continue
-            target = self._target(candidate, allotted.drafts, options, False)
+            drafts = self._buy(candidate, offers.within(bits))
+            target = self._target(candidate, drafts, options, False)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
                 return replace(target, score=score), []
-        if target is None:
-            return self._target(candidate, {}, options, True), []
         note = (
             f"{candidate.name}: {_LADDER[-1]} bits a weight score {score:.4g}, and {share:g} of "
             f"the original's {whole:.4g} was asked for: the exact tier is kept too"
@@ -189,41 +193,44 @@ class Planner:
     def _stage(self, name: str, candidate: Candidate) -> Progress:
         return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
 
+    def _values(self, candidate: Candidate, strides: Mapping[int, int]) -> Mapping[int, Magnitudes]:
+        return survey_values(
+            candidate,
+            self._read,
+            strides,
+            seed=self._options.seed,
+            workers=self._workers,
+            progress=self._stage("values", candidate),
+        )
+
     def _drafts(
         self, candidate: Candidate, found: Mapping[int, Magnitudes], options: CodeOptions
     ) -> Mapping[int, Draft]:
-
-        def values(strides: Mapping[int, int]) -> Mapping[int, Magnitudes]:
-            return survey_values(
-                candidate,
-                self._read,
-                strides,
-                seed=options.seed,
-                workers=self._workers,
-                progress=self._stage("values", candidate),
-            )
-
         if options.code != "auto":
-            return fixed_drafts(options, found, values)
-        return _allotted(candidate.name, Offers(found, options.gain), options)
+            return fixed_drafts(options, found, partial(self._values, candidate))
+        if options.max_error is not None:
+            return _within_error(candidate.name, Offers(found, options.gain), options.max_error)
+        bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
+        return self._buy(candidate, Offers(found, options.gain, self._fans).within(bits))
+
+    def _buy(self, candidate: Candidate, bought: Allotment) -> Mapping[int, Draft]:
+        """Drafts with all their magnitudes: those of seeded values from the weights picked."""
+        drafts = dict(bought.drafts)
+        seeded = {n: draft for n, draft in drafts.items() if draft.form == SEEDED}
+        values = self._values(candidate, {n: draft.stride for n, draft in seeded.items()})
+        for n, draft in seeded.items():
+            made = seeded_draft(n, values[n], draft.bits, draft.stride) if n in values else None
+            # None of the weights picked had moved: there is nothing to fit to.
+            drafts[n] = made or Draft(n, SPARSE, cut=math.inf, left=True)
+        return drafts
 
 
-def _allotted(name: str, offers: Offers, options: CodeOptions) -> Mapping[int, Draft]:
-    if options.max_error is not None:
-        found = offers.erring(options.max_error)
-        if found is None:
-            least = math.sqrt(offers.at(0).error / offers.moved)
-            raise OptionError(
-                f"max_error={options.max_error}: task {name!r} comes to {least:.3g} with 4 bits "
-                "for every weight, and to no less; exact=True (--exact) keeps it bit for bit"
-            )
-        return found.drafts
-    bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-    found = offers.within(bits)
+def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, Draft]:
+    found = offers.erring(max_error)
     if found is None:
-        least = offers.cheapest.bits / max(offers.weights, 1)
+        least = math.sqrt(offers.least_error.error / offers.moved)
         raise OptionError(
-            f"bits_per_weight={bits}: task {name!r} takes {least:.2g} at the least; give that, or "
-            "more"
+            f"max_error={max_error}: task {name!r} comes to {least:.3g} with 4 bits for every "
+            "weight, and to no less; exact=True (--exact) keeps it bit for bit"
         )
     return found.drafts
