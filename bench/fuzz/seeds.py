@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save
 
 import tallstore
-from bench.fuzz.targets import BASE, coded_store
-from tallstore.codecs import CODECS, SPARSE
+from bench.fuzz.targets import BASE, coded_store, side_of
+from tallstore.codecs import CODECS, GUIDED, PLANES, SPARSE
 from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
 from tallstore.engine.snapshot import Snapshot
 from tallstore.store import open_snapshot
@@ -97,14 +97,16 @@ def _chunks() -> dict[str, list[bytes]]:
     words = np.arange(3000, dtype=np.uint32).view(np.uint8)
     signs = np.zeros((2, 6000), np.uint8)
     signs[0, ::7], signs[1, 5::490] = 4, 64
+    moved = (np.arange(3000, dtype=np.uint32) % 977 * 5).view(np.uint8)
     chunks, payloads = [], []
     for number, codec in CODECS.items():
-        data = signs.ravel() if codec is SPARSE else words
+        data = {SPARSE.number: signs.ravel(), GUIDED.number: moved}.get(number, words)
         buffer = ChunkBuffer.of(data.size)
         np.copyto(buffer.data, data)
-        parameter = {2: 4, 4: 3}.get(number, 0)
-        encoding = Encoding(codec, parameter, 0.0, np.zeros_like(data))
+        parameter = {PLANES.number: 4, GUIDED.number: 3}.get(number, 0)
+        encoding = Encoding(codec, parameter, 0.0, side_of(data.size))
         value = bytes(seal_chunk(buffer, store=bytes(16), key=bytes(12), encoding=encoding))
+        assert value[4] == number, "it gained nothing"
         size = data.size.to_bytes(3, "little")
         chunks.append(b"\1" + size + value)
         payloads.append(bytes([number, value[5]]) + size + value[48:])

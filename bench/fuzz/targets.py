@@ -23,7 +23,7 @@ import torch
 import tallstore
 from tallstore import strictjson
 from tallstore.catalog import Catalog
-from tallstore.codecs import CODECS
+from tallstore.codecs import CODECS, Bytes
 from tallstore.codes import MAX_BITS, level_rows, seeded_capacity
 from tallstore.decoding import Decoder
 from tallstore.describing import read_base
@@ -43,7 +43,7 @@ from tallstore.sources.shard_index import read_index
 from tallstore.sources.torch_file import TorchFile
 from tallstore.store import open_snapshot
 
-__all__ = ["BASE", "JSON_TARGETS", "TARGETS", "coded_store", "play"]
+__all__ = ["BASE", "JSON_TARGETS", "TARGETS", "coded_store", "play", "side_of"]
 
 #: A base that fuzzed tasks refer to.
 BASE: Final = (
@@ -54,6 +54,12 @@ BASE: Final = (
 #: A little memory for tensors to view: larger claims must be refused, not allocated.
 _MEMORY: Final = 4096
 _MAX_OUT: Final = 1 << 20
+
+
+def side_of(size: int) -> Bytes:
+    """What a codec may be given beside the payload: the bytes of some numbers."""
+    words = np.random.default_rng(0).normal(0.0, 0.1, 4096).astype("<f4")
+    return np.resize(words.view(np.uint8), size)
 
 
 def _manifest(data: bytes) -> None:
@@ -148,7 +154,8 @@ def _chunk(data: bytes) -> None:
         state.update(bytes(value[48:]))
         value[32:48] = state.digest()
     chunk = check_chunk(memoryview(bytes(value)), store=bytes(16), key=bytes(12), what="fuzz")
-    chunk.decode(np.empty(min(out_size, _MAX_OUT), np.uint8), what="fuzz")
+    out = np.empty(min(out_size, _MAX_OUT), np.uint8)
+    chunk.decode(out, what="fuzz", side=side_of(out.size))
 
 
 def _codecs(data: bytes) -> None:
@@ -156,8 +163,7 @@ def _codecs(data: bytes) -> None:
         return
     codec = CODECS[data[0] % len(CODECS)]
     out = np.empty(int.from_bytes(data[2:5], "little") % _MAX_OUT, np.uint8)
-    side = np.zeros_like(out)
-    codec.decode(memoryview(data)[5:], out, parameter=data[1], side=side)
+    codec.decode(memoryview(data)[5:], out, parameter=data[1], side=side_of(out.size))
 
 
 def _objects(data: bytes) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -58,6 +59,15 @@ def _made(folder: Path) -> None:
             held = make(folder / f"{name}-{seed}.tall", seed)
             torch.save(asdict(held), folder / f"{name}-{seed}.wanted")
         make_deep(folder / f"deep-{seed}.tall", seed)
+    (folder / "whole").mkdir()
+    whole = shutil.copyfile(folder / f"codes-{_SEED}.tall", folder / "whole" / "zoo.tall")
+    wanted = Wanted(**torch.load(folder / f"codes-{_SEED}.wanted"))
+    for turn in range(3):
+        verdict = judge_zoo(whole, wanted, _SEED, turn)
+        if verdict.wrong or verdict.refused or verdict.found or verdict.writes_refused:
+            raise SystemExit(f"judged a whole store to be damaged: {verdict}")
+    names = [name for name in sys.modules if name.startswith("tallstore.")]
+    (folder / "modules").write_text("\n".join(names))
 
 
 def _in_child(do: Any) -> tuple[int, resource.struct_rusage]:
@@ -80,6 +90,9 @@ def _victims(folder: Path) -> list[Victim]:
     status, _ = _in_child(lambda: _made(folder))
     if status:
         raise SystemExit("the stores could not be made")
+    # Else every judgement would import them anew.
+    for name in (folder / "modules").read_text().splitlines():
+        importlib.import_module(name)
     found = []
     for name in ("zoo", "codes", "deep"):
         one, two = (folder / f"{name}-{seed}.tall" for seed in (_SEED, _SEED + 1))

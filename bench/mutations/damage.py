@@ -116,8 +116,8 @@ def _foreign_page(victim: Victim, data: bytearray, draw: random.Random) -> str:
 
 
 def _foreign_chunk(victim: Victim, data: bytearray, draw: random.Random) -> str:
-    kinds = ("raw payload", "zstd payload", "planes payload", "sparse payload")
-    kind = draw.choice([k for k in kinds if k in victim.regions and k in victim.twin_regions])
+    kinds = [k for k in victim.regions if k.endswith(" payload") and k in victim.twin_regions]
+    kind = draw.choice(kinds)
     low, high = draw.choice(victim.regions[kind])
     fits = [e for e in victim.twin_regions[kind] if e[1] - e[0] == high - low]
     other = draw.choice(fits or victim.twin_regions[kind])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tallstore.codecs import CODECS
 from tallstore.engine.chunk import HEADER_SIZE
 from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.engine.tree import Tree, walk
@@ -20,7 +21,10 @@ Regions = dict[str, list[tuple[int, int]]]
 _META_BYTES = 16 + 136
 _LEAF_FLAG = 2
 #: By codec.
-_PAYLOADS = ("raw payload", "zstd payload", "planes payload", "sparse payload")
+_PAYLOADS = {
+    number: f"{type(codec).__name__.removesuffix('Codec').lower()} payload"
+    for number, codec in CODECS.items()
+}
 
 
 def _values(

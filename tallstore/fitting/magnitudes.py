@@ -33,7 +33,7 @@ class Magnitudes:
         self.weights = weights
         self.moved = 0.0
         """Squared norm of the task vector t."""
-        self.base = 0.0
+        self.start = 0.0
         """Squared norm of the base's weights."""
         self.finite = True
         self.same = True
@@ -84,7 +84,7 @@ class Magnitudes:
     def merge(self, other: Magnitudes) -> None:
         """Take in the sums of another part of the tensor."""
         self.moved += other.moved
-        self.base += other.base
+        self.start += other.start
         self.finite &= other.finite
         self.same &= other.same
         self.count += other.count
