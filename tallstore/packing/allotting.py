@@ -14,6 +14,10 @@ code that minimizes ``harm + price * bits``, at one price of a bit for all tenso
 - what a code leaves out by rule, always the small weights, adds up over the inputs of a row: it
   counts `_BY_RULE` times (the inputs, if those are fewer) as much as noise, at most whole.
 
+Every error counts relative to the norm of the tensor's own weights in the base: what is little to a
+large tensor is much to a small one, such as a depthwise convolution. Vectors (biases, norms) count
+as the matrix before them.
+
 So a task near its base gets few values, far apart, on all its tensors, and a task far from it more
 values on fewer of them.
 
