@@ -45,8 +45,9 @@ def stored(vectors: Vectors, *, bits_per_weight: float, seed: int) -> Coded:
     What tasks have of their own is left out on both sides, as it is for the rivals; bits are all
     bytes of the file that belong to a task, its document included.
     """
-    base = vectors.layout.tensors(vectors.base)
-    tasks = {t: vectors.layout.tensors(vectors.base + v) for t, v in vectors.tasks.items()}
+    # Tensors of their own: views of one storage are one to the store.
+    base = _apart(vectors.layout.tensors(vectors.base))
+    tasks = {t: _apart(vectors.layout.tensors(vectors.base + v)) for t, v in vectors.tasks.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "zoo.tall"
         tallstore.pack(path, base, tasks, code="auto", bits_per_weight=bits_per_weight, seed=seed)
@@ -54,6 +55,10 @@ def stored(vectors: Vectors, *, bits_per_weight: float, seed: int) -> Coded:
             taken = sum(store.stored_bytes(task) for task in tasks)
             loaded = {t: vectors.layout.flat(store.load(t)) - vectors.base for t in tasks}
     return Coded(loaded, 8 * taken / (vectors.layout.weights * len(tasks)))
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _nothing(vectors: Vectors) -> Coded:

@@ -62,7 +62,8 @@ def zipnn(dtype: str) -> Callable[[bytes], int] | None:
 
     def size(data: bytes) -> int:
         packer = module.ZipNN(input_format="byte", bytearray_dtype=dtype, threads=1)
-        packed = packer.compress(data)
+        # It works in the memory that it is given.
+        packed = packer.compress(bytearray(data))
         assert bytes(packer.decompress(packed)) == data
         return len(packed)
 

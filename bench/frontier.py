@@ -101,11 +101,12 @@ def main() -> None:
     parser.add_argument("--zoos", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, help="test items a task at most, for a quick look")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw what there is")
     args = parser.parse_args()
     if not args.plot:
-        torch.set_num_threads(2)
+        torch.set_num_threads(args.threads)
         for name in args.zoos:
             rows = run(name, args.cache, args.seeds, args.limit)
             print(write(f"frontier-{name}", rows, results=args.results), flush=True)

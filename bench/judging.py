@@ -38,8 +38,8 @@ FAMILIES: Final = {
     family.name: family
     for family in (
         Family("minilm", minilm.zoo, validation=100, test=500),
-        Family("vision", vision.zoo, validation=250, test=1000),
-        Family("language", language.zoo, validation=32, test=96, classifies=False),
+        Family("vision", vision.zoo, validation=200, test=500),
+        Family("language", language.zoo, validation=16, test=64, classifies=False),
     )
 }
 

@@ -6,6 +6,7 @@ uint16 bit patterns, since numpy has no such dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +32,8 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+#: Words of a piece that stays in the cache.
+_PIECE: Final = 1 << 14
 _ORDERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
@@ -160,19 +163,31 @@ def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
         uint8, the same size: ``z = (d << 1) ^ (d >> all)`` of ``d = ordered(actual) -
         ordered(predicted)`` modulo the word, little endian.
     """
-    size = itemsize(dtype)
-    one, other = actual.view(_UNSIGNED[size]), predicted.view(_UNSIGNED[size])
-    if dtype in _ORDERED:
-        one, other = ordered(one), ordered(other)
-    raw: Bytes = zigzag(one - other).view(np.uint8)
-    return raw
+    kind = _UNSIGNED[itemsize(dtype)]
+    one, other, out = actual.view(kind), predicted.view(kind), np.empty_like(actual)
+    words = out.view(kind)
+    for at in _pieces(words.size):
+        if dtype in _ORDERED:
+            words[at] = zigzag(ordered(one[at]) - ordered(other[at]))
+        else:
+            words[at] = zigzag(one[at] - other[at])
+    return out
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    """Of whole arrays each step would take new memory, which costs more than the arithmetic."""
+    for start in range(0, count, _PIECE):
+        yield slice(start, start + _PIECE)
 
 
 def add_residual(predicted: Bytes, folded: Bytes, dtype: str) -> Bytes:
     """The inverse of `residual`: the actual bytes."""
     kind = _UNSIGNED[itemsize(dtype)]
-    difference, words = unzigzag(folded.view(kind)), predicted.view(kind)
-    plain = dtype not in _ORDERED
-    actual = words + difference if plain else unordered(ordered(words) + difference)
-    raw: Bytes = actual.view(np.uint8)
-    return raw
+    known, differences, out = predicted.view(kind), folded.view(kind), np.empty_like(predicted)
+    words = out.view(kind)
+    for at in _pieces(words.size):
+        if dtype in _ORDERED:
+            words[at] = unordered(ordered(known[at]) + unzigzag(differences[at]))
+        else:
+            words[at] = known[at] + unzigzag(differences[at])
+    return out

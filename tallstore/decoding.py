@@ -540,5 +540,11 @@ class Decoder:
 def _levels(code: ArenaCode, task: TaskDocument) -> Levels:
     if task.codings is None:
         return Levels(torch.tensor([TALL_LEVELS], dtype=torch.float32), None)
-    rows, table = level_rows(task.codings, code_bits(code))
+    planes = code_bits(code)
+    rows, table = level_rows(task.codings, planes)
+    # What the exact tier alone makes good: without it, the base.
+    bare = {p.segment for parts in task.parts for p in parts if p.kind == CODE} - rows.keys()
+    if bare:
+        rows.update(dict.fromkeys(bare, len(table)))
+        table.append([-0.0] * (1 << planes))
     return Levels(torch.tensor(table, dtype=torch.float32), rows)

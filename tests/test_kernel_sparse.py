@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from tallstore.kernels import reference, sectors, sparse
 from tallstore.kernels import sparse_reference as plain
 from tallstore.kernels.sparse import Cut
-from tallstore.kernels.sparse_reference import BLOCK, GROUP, SparseCode
+from tallstore.kernels.sparse_reference import BLOCK, GROUP, UNTOUCHED, SparseCode
 
 CUTS = (Cut(groups=1, chunk=1024), Cut(groups=4, chunk=256, warps=2), Cut(groups=8, chunk=512))
 
@@ -279,13 +279,15 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
         entries[low:] = part.entries
         rows = vast(tmp_path / f"rows{k}", -(-n // BLOCK), torch.int32)
         rows[start // BLOCK :] = 1
+        other = part.table + 1
+        other[:, 0] = UNTOUCHED
         whole.append(
             replace(
                 part,
                 entries=entries,
                 starts=torch.cat([torch.full_like(part.starts, low)[:1].expand(start // GROUP),
                                   part.starts + low]),
-                table=torch.cat([part.table + 1, part.table]),
+                table=torch.cat([other, part.table]),
                 rows=rows,
                 weights=n,
             )

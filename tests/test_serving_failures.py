@@ -50,11 +50,11 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     left = [0]
     read = Snapshot.read_chunk
 
-    def read_chunk(self: Snapshot, stream: Any, chunk: int, out: Any) -> None:
+    def read_chunk(self: Snapshot, stream: Any, chunk: int, out: Any, **more: Any) -> None:
         if left[0] > 0:
             left[0] -= 1
             raise ChecksumError(f"{self.path}: stream {stream.number}: checksum mismatch")
-        read(self, stream, chunk, out)
+        read(self, stream, chunk, out, **more)
 
     monkeypatch.setattr(Snapshot, "read_chunk", read_chunk)
 

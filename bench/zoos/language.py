@@ -186,6 +186,10 @@ def base_model(cache: Path | None = None) -> Path:
     return _ensure(PRETRAINING, root / "zoo-language" / "base", None, root)
 
 
+def _made(name: str, root: Path) -> bool:
+    return is_made(root / "zoo-language" / name, _fine_tuning(name, root))
+
+
 def _task(name: str, root: Path) -> Path:
     folder = root / "zoo-language"
     return _ensure(_fine_tuning(name, root), folder / name, folder / "base", root)
@@ -210,7 +214,7 @@ def zoo(
     if unknown := set(chosen) - set(TASKS):
         raise ValueError(f"no such task: {', '.join(sorted(unknown))}")
     base = base_model(root)
-    return Zoo(base, dict(in_processes(_task, chosen, root, jobs=jobs)))
+    return Zoo(base, dict(in_processes(_task, chosen, root, made=_made, jobs=jobs)))
 
 
 def main() -> None:
@@ -226,7 +230,8 @@ def main() -> None:
         f"base: {seen['test_loss']:.4f} nats a byte on its own test text, {seen['seconds']:.0f} s"
     )
     print(f"{'task':<11} {'base':>7} {'tuned':>7} {'seconds':>8} {'distance':>9}", flush=True)
-    for name, folder in in_processes(_task, tuple(options.tasks), root, jobs=options.jobs):
+    tasks = tuple(options.tasks)
+    for name, folder in in_processes(_task, tasks, root, made=_made, jobs=options.jobs):
         seen = noted(folder)
         print(
             f"{name:<11} {seen['base_test_loss']:>7.4f} {seen['test_loss']:>7.4f} "

@@ -123,6 +123,19 @@ def _model(classes: int, root: Path) -> Classifier:
     return Classifier(BertConfig.from_json(config), classes)
 
 
+def classifier(state_dict: Mapping[str, Tensor], base: Path) -> Classifier:
+    """Give a task's model with these weights, to be used; `base` is the base's directory."""
+    config = json.loads((base / "config.json").read_text())
+    model = Classifier(BertConfig.from_json(config), len(state_dict["classifier.bias"]))
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+def encoded(task: str, cache: Path | None = None) -> Encoded:
+    """Give a task's test texts, encoded."""
+    return _encoded(task, "test", root_of(cache))
+
+
 @functools.cache
 def _evaluator(classes: int, root: Path) -> Classifier:
     """Give a model to load weights into; building one takes longer than loading them."""

@@ -14,7 +14,12 @@ from pathlib import Path
 
 
 def in_processes(
-    make: Callable[[str, Path], Path], names: Sequence[str], root: Path, *, jobs: int | None
+    make: Callable[[str, Path], Path],
+    names: Sequence[str],
+    root: Path,
+    *,
+    made: Callable[[str, Path], bool],
+    jobs: int | None,
 ) -> Iterator[tuple[str, Path]]:
     """Yield each name with ``make(name, root)``, in the order of the names, as soon as it is there.
 
@@ -24,9 +29,14 @@ def in_processes(
         A function of a module, so that another process finds it.
     names, root
         What it is called with.
+    made
+        Whether ``make`` will find everything there; if it does for all, no process is started.
     jobs
         Processes; as many as this one may use cores if not given.
     """
+    if all(made(name, root) for name in names):
+        yield from ((name, make(name, root)) for name in names)
+        return
     workers = len(os.sched_getaffinity(0)) if jobs is None else jobs
     # Not forked: PyTorch's threads do not live through a fork.
     with ProcessPoolExecutor(min(workers, len(names)), get_context("spawn")) as pool:

@@ -183,6 +183,10 @@ def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
     return trained(model)
 
 
+def _made(name: str, root: Path) -> bool:
+    return is_made(root / "zoo-vision" / name, Settings(name))
+
+
 def _ensure(name: str, root: Path) -> Path:
     """Return a task's model directory, training the model unless it is there already."""
     settings = Settings(name)
@@ -235,7 +239,7 @@ def zoo(
     if unknown := set(chosen) - set(TASKS):
         raise ValueError(f"no such task: {', '.join(sorted(unknown))}")
     base = base_model(root)  # before the processes, which would each make it
-    return Zoo(base, dict(in_processes(_ensure, chosen, root, jobs=jobs)))
+    return Zoo(base, dict(in_processes(_ensure, chosen, root, made=_made, jobs=jobs)))
 
 
 def main() -> None:
@@ -250,7 +254,8 @@ def main() -> None:
                      "distance"), flush=True)  # fmt: skip
     root = root_of(options.cache)
     base_model(root)
-    for name, folder in in_processes(_ensure, tuple(options.tasks), root, jobs=options.jobs):
+    tasks = tuple(options.tasks)
+    for name, folder in in_processes(_ensure, tasks, root, made=_made, jobs=options.jobs):
         seen = noted(folder)
         counts = (seen[key] for key in ("classes", "train", "validation", "test"))
         rates = f"{seen['test_accuracy']:.4f}", f"{seen['seconds']:.0f}", f"{seen['distance']:.2e}"

@@ -142,6 +142,8 @@ class GuidedCodec:
             raise CorruptStoreError("differences without the words that they are from")
         words, known = out.view(kind.word), side.view(kind.word)
         factor, first, classes, groups = _read(payload, words.size, kind)
+        if parameter != 3 and factor != 1:
+            raise CorruptStoreError(f"a factor of {factor} where there is none")
         taken = [0] * _CONTEXTS
         for at, order, counts in _pieces(kind, known, first, classes):
             parts = [np.zeros(counts[0], kind.word)]
@@ -152,13 +154,12 @@ class GuidedCodec:
             found = np.concatenate(parts)
             if found.size != order.size:
                 raise CorruptStoreError("groups of differences are too short")
-            words[at][order] = found
+            here = words[at]
+            here[order] = found
+            if factor != 1:
+                here[:] = zigzag(unzigzag(here) + _decay(known[at], factor))
         if [group.size for group in groups] != taken:
             raise CorruptStoreError("groups of differences are too long")
-        if parameter == 3 and factor != 1:
-            words[:] = zigzag(unzigzag(words) + _decay(known, factor))
-        elif factor != 1:
-            raise CorruptStoreError(f"a factor of {factor} where there is none")
 
 
 def _pieces(

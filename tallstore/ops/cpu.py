@@ -130,15 +130,22 @@ def _levels(
     rows = _level_rows(planes.shape[0], levels)
     buffer = scratch.take("reconstruct: rows", _padded(base.numel()) * 4)
     step = _as_floats(buffer, torch.float32)
-    add = _adder(base, step, out)
-    for at in _steps(base.numel()):
-        count = at.stop - at.start
-        some = planes[:, at.start // 8 : (at.stop + 7) // 8]
-        fields = some[0] if some.shape[0] == 1 else _fields(some, scratch)
-        _expand(fields, rows, buffer, scratch)
-        if vector is not None:
-            step[:count].mul_(vector[at])
-        add(at, count)
+    numbers = step.numpy()
+    single = vector is not None and vector.dtype == torch.float32
+    factors = vector.numpy() if vector is not None and single else None
+    add = _adder(base, step, out, scratch)
+    # numpy's operations stay on this thread, whatever torch's thread count, and start sooner.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in _steps(base.numel()):
+            count = at.stop - at.start
+            some = planes[:, at.start // 8 : (at.stop + 7) // 8]
+            fields = some[0] if some.shape[0] == 1 else _fields(some, scratch)
+            _expand(fields, rows, buffer, scratch)
+            if factors is not None:
+                np.multiply(numbers[:count], factors[at], out=numbers[:count])
+            elif vector is not None:
+                step[:count].mul_(vector[at])
+            add(at, count)
 
 
 #: Weights whose codes share a byte, by the number of planes.
@@ -190,24 +197,25 @@ def _as_floats(buffer: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tenso
 
 
 def _adder(
-    base: torch.Tensor, step: torch.Tensor, out: torch.Tensor
+    base: torch.Tensor, step: torch.Tensor, out: torch.Tensor, scratch: Scratch
 ) -> Callable[[slice, int], None]:
     """What writes ``base[at] + step[:count]`` to ``out[at]``, computed in float32, rounded once."""
-    if base.dtype == step.dtype == out.dtype == torch.float32:
-        # numpy's add stays on this thread, whatever torch's thread count.
-        one, two, three = base.numpy(), step.numpy(), out.numpy()
+    single = torch.float32
+    two = step.numpy()
+    # torch's add of two dtypes would widen one in memory that is new each time.
+    sums = two if out.dtype != single else out.numpy()
+    wide = None
+    if base.dtype != single:
+        wide = _as_floats(scratch.take("reconstruct: base", two.nbytes), single)
+    one = base.numpy() if wide is None else wide.numpy()
 
-        def add(at: slice, count: int) -> None:
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.add(one[at], two[:count], out=three[at])
+    def add(at: slice, count: int) -> None:
+        here = at if wide is None else slice(0, count)
+        if wide is not None:
+            wide[:count].copy_(base[at])
+        into = sums[at] if out.dtype == single else sums[:count]
+        np.add(one[here], two[:count], out=into)
+        if out.dtype != single:
+            out[at].copy_(step[:count])
 
-        return add
-    common = torch.promote_types(base.dtype, step.dtype)
-    # Both of one half-precision dtype, wanted in another: torch would round twice.
-    widened = common not in (torch.float32, out.dtype)
-
-    def add_rounded(at: slice, count: int) -> None:
-        left = base[at].float() if widened else base[at]
-        torch.add(left, step[:count], out=out[at])
-
-    return add_rounded
+    return add

@@ -4,12 +4,18 @@ Every tensor has a choice of codes, each with its bits and the error it leaves, 
 histogram of how far its weights moved. Of all ways to spend a budget the best gives each tensor the
 code that minimizes ``harm + price * bits``, at one price of a bit for all tensors.
 
-*Within bits*, harm is not the squared error alone. What a code leaves out by rule, always the small
-weights, adds up from weight to weight; what it leaves out at random, where a hash says, averages
-out over the inputs of a row. So an error at random counts 1 / min(`_AVERAGED`, fan-in) of one by
-rule (`bench.frontier` measures what comes of it). Few bits then go to values on seeded weights,
-more of them where weights moved further, and tensors that moved by next to nothing are left as they
-were.
+*Within bits*, harm is not the squared error. Three kinds of it count differently, by measurement
+(`bench.frontier` shows what comes of it):
+
+- a tensor that is left as the base has it loses what it learnt: its squared movement counts whole;
+- what a code leaves out at random, where a hash says, averages out. It harms as noise on the base
+  does, however little the task moved: it counts `_NOISE` times the task's squared distance from
+  the base, relative to the base;
+- what a code leaves out by rule, always the small weights, adds up over the inputs of a row: it
+  counts `_BY_RULE` times (the inputs, if those are fewer) as much as noise, at most whole.
+
+So a task near its base gets few values, far apart, on all its tensors, and a task far from it more
+values on fewer of them.
 
 *Within an error* harm is the squared error, and bits are spent on signs and levels.
 """
@@ -30,11 +36,11 @@ from tallstore.packing.drafts import Draft
 
 __all__ = ["Allotment", "Choice", "Offers", "dense_choice", "sparse_choice"]
 
-#: An error at random averages out over at most so many inputs; more where there are few bits, and
-#: the other way is to leave tensors as they were.
-_AVERAGED: Final = 50
-_AVERAGED_OF_FEW: Final = 100
-_FEW: Final = 0.1
+_NOISE: Final = 3.0
+#: With few bits noise is large whatever is done, and harms less than it would in proportion: it
+#: counts at most so many times the budget's bits a weight.
+_SATURATED: Final = 0.125
+_BY_RULE: Final = 50
 _DENSITIES: Final = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2,
 )  # fmt: skip
@@ -62,9 +68,9 @@ class Choice:
     at_random: float = 0.0
     """What of it is another error for every seed."""
 
-    def harm(self, averaged: float) -> float:
-        """The error, with what is at random divided by `averaged`."""
-        return self.error - self.at_random + self.at_random / averaged
+    def harm(self, noise: float, by_rule: float) -> float:
+        """The error, as its two parts count."""
+        return noise * self.at_random + by_rule * (self.error - self.at_random)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +107,21 @@ class Offers:
         self.weights = sum(seen.weights for seen in found.values())
         self.moved = sum(seen.moved for seen in self._there.values())
         """Squared norm of the task vector."""
+        start = sum(seen.start for seen in found.values())
+        self._noise = min(_NOISE * self.moved / start, 1.0) if start else 1.0
 
     def within(self, bits_per_weight: float) -> Allotment:
         """What does the least harm within a budget; everything is left where it buys nothing."""
         budget = bits_per_weight * self.weights
-        averaged = _AVERAGED_OF_FEW if bits_per_weight < _FEW else _AVERAGED
+        rate = min(self._noise, _SATURATED * bits_per_weight)
         low, high = 0.0, max(self.moved, 1e-30) * 1e3
-        found = self._cheapest(low, averaged)
+        found = self._cheapest(low, rate)
         if found.bits <= budget:
             return found
-        found = self._cheapest(high, averaged)
+        found = self._cheapest(high, rate)
         for _ in range(100):
             middle = math.sqrt(max(low, high * 1e-15) * high)
-            made = self._cheapest(middle, averaged)
+            made = self._cheapest(middle, rate)
             if made.bits <= budget:
                 high, found = middle, made
             else:
@@ -146,15 +154,15 @@ class Offers:
         some = [offers for offers in self._direct.values() if offers]
         return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
 
-    def _cheapest(self, price: float, most: float) -> Allotment:
+    def _cheapest(self, price: float, rate: float) -> Allotment:
         """What minimizes harm + price * bits, tensor by tensor, leaving a tensor included."""
         chosen: list[Choice] = []
         for n, seen in self._there.items():
-            averaged = min(most, self._fans[n])
+            by_rule = min(rate * min(_BY_RULE, self._fans[n]), 1.0)
             best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
             least = seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
-                cost = choice.harm(averaged) + price * choice.bits
+                cost = choice.harm(rate, by_rule) + price * choice.bits
                 if cost < least:
                     best, least = choice, cost
             chosen.append(best)

@@ -15,7 +15,7 @@ from tallstore.serving.planning import Run
 __all__ = ["Arrangement", "Cut", "arrange"]
 
 #: Weights a cut: threads share large tensors.
-_CUT: Final = 1 << 19
+_CUT: Final = 1 << 20
 #: Tensors of fewer weights are reconstructed together and copied: a call costs more than they do.
 _SMALL: Final = 1 << 15
 

@@ -56,6 +56,7 @@ class Stock:
         self.device = device
         self.resident = resident
         self.need = offer.need()
+        self._sizes = {task: plan.nbytes for task, plan in offer.plans.items()}
         limit = self._limit(budget)
         #: Tasks that are what they were in the older one.
         self.same = offer.inherit(older.offer) if older is not None else ()
@@ -129,12 +130,11 @@ class Stock:
 
     def take(self, task: str, *, ahead: bool = False) -> Taken:
         """A task's code, on the device; see `Codes.take`."""
-        return self.codes.take(task, self.offer.plans[task].nbytes, ahead=ahead)
+        return self.codes.take(task, self._sizes[task], ahead=ahead)
 
     def too_large(self, task: str) -> bool:
         """Whether a task's code is kept nowhere: ``"stream"`` decodes it into the model."""
-        nbytes = self.offer.plans[task].nbytes
-        return self.resident == "stream" and not self.codes.fits(nbytes)
+        return self.resident == "stream" and not self.codes.fits(self._sizes[task])
 
     def clear(self) -> None:
         """Let go of all codes."""
