@@ -21,7 +21,7 @@ from tallstore.packing.drafting import dense_draft, fixed_drafts, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.leasterror import Offers, dense_choice
-from tallstore.packing.spreading import Spread, spread
+from tallstore.packing.spreading import Spread, least_bits, spread
 from tallstore.packing.surveying import survey_candidate, survey_values
 from tallstore.packing.target import Target
 from tallstore.packing.writing import Progress
@@ -211,8 +211,9 @@ class Planner:
         bought = spread(found, bits)
         if bought is None:
             raise OptionError(
-                f"bits_per_weight={bits}: what task {candidate.name!r} has of norms, biases and "
-                "other small tensors takes more; give more"
+                f"bits_per_weight={bits}: task {candidate.name!r} takes "
+                f"{_up(least_bits(found)):g} at least, for its norms, biases and other small "
+                "tensors; give as much"
             )
         return self._buy(candidate, found, bought)
 
@@ -226,6 +227,12 @@ class Planner:
             for n, seen in values.items()
         ]
         return {draft.segment: draft for draft in (*dense, *seeded) if draft is not None}
+
+
+def _up(bits: float) -> float:
+    """Rounded up, to three digits."""
+    step = 10.0 ** (math.floor(math.log10(bits)) - 2) if bits > 0 else 1.0
+    return math.ceil(bits / step) * step
 
 
 def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, Draft]:

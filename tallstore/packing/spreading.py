@@ -21,7 +21,7 @@ from typing import Final
 from tallstore.fitting import Magnitudes
 from tallstore.packing.drafting import moving
 
-__all__ = ["Spread", "spread"]
+__all__ = ["Spread", "least_bits", "spread"]
 
 _MOST: Final = 4
 #: Tensors of at most so many weights are dense.
@@ -30,6 +30,8 @@ _SMALL: Final = 2048
 _VALUE_BITS: Final = ((0.35, 4), (0.2, 3), (0.0, 2))
 #: One weight in more than this is as good as none.
 _MOST_STRIDE: Final = 1 << 16
+#: Values a tensor, at least: a few alone, each as long as the rest together, could be anything.
+_LEAST_VALUES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +63,16 @@ def spread(found: Mapping[int, Magnitudes], bits_per_weight: float) -> Spread | 
     if fixed > budget:
         return None
     large = {n: seen for n, seen in there.items() if n not in small}
-    rms = {n: math.sqrt(seen.moved / seen.weights) for n, seen in large.items()}
     if not large:
         return Spread(small, {}, value_bits, fixed)
-    low, high = 0.0, 1 / min(rms.values())
+    low, high = 0.0, 1 / min(map(_rms, large.values()))
     for _ in range(60):
         scale = (low + high) / 2
-        if fixed + _bits(large, _strides(rms, scale), value_bits) > budget:
+        if fixed + _bits(large, _strides(large, scale), value_bits) > budget:
             high = scale
         else:
             low = scale
-    strides = _strides(rms, low or high)
+    strides = _strides(large, low)
     bits = fixed + _bits(large, strides, value_bits)
     if bits > budget:
         return None
@@ -80,11 +81,33 @@ def spread(found: Mapping[int, Magnitudes], bits_per_weight: float) -> Spread | 
     return Spread({**small, **dense}, rest, value_bits, bits)
 
 
-def _strides(rms: Mapping[int, float], scale: float) -> dict[int, int]:
-    return {
-        n: min(max(round(1 / (scale * size)), 1), _MOST_STRIDE) if scale else _MOST_STRIDE
-        for n, size in rms.items()
-    }
+def least_bits(found: Mapping[int, Magnitudes]) -> float:
+    """The least bits a weight that `spread` can do with."""
+    there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
+    small = sum(seen.weights for seen in there.values() if seen.weights <= _SMALL)
+    large = {n: seen for n, seen in there.items() if seen.weights > _SMALL}
+    weights = sum(seen.weights for seen in found.values())
+    strides = _strides(large, 0.0)
+    able, above = [], math.inf
+    for least, value_bits in _VALUE_BITS:
+        needed = max(least, (_MOST * small + _bits(large, strides, value_bits)) / max(weights, 1))
+        if needed < above:
+            able.append(needed)
+        above = least
+    return min(able)
+
+
+def _rms(seen: Magnitudes) -> float:
+    return math.sqrt(seen.moved / seen.weights)
+
+
+def _strides(found: Mapping[int, Magnitudes], scale: float) -> dict[int, int]:
+    strides = {}
+    for n, seen in found.items():
+        most = min(_MOST_STRIDE, seen.weights // _LEAST_VALUES)
+        wanted = 1 / (scale * _rms(seen)) if scale else math.inf
+        strides[n] = max(round(min(wanted, most)), 1)
+    return strides
 
 
 def _bits(found: Mapping[int, Magnitudes], strides: Mapping[int, int], value_bits: int) -> float:
