@@ -39,6 +39,7 @@ from typing import Any, Final
 
 import torch
 
+from bench.interrupt import interruptible
 from bench.mutations.damage import Mutation, Victim, mutate
 from bench.mutations.judge import judge_deep, judge_zoo
 from bench.mutations.regions import regions
@@ -230,10 +231,9 @@ def _run(
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
     resident = _resident()
-    stopped: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+    stopped = interruptible()
     while True:
-        while free and not stopped and (seed := next(todo, None)) is not None:
+        while free and not stopped() and (seed := next(todo, None)) is not None:
             victim = victims[seed % 3]
             place = free.pop()
             mutation = mutate(victim, seed)
