@@ -220,7 +220,9 @@ def test_masks_are_made_anew_from_originals_or_exact_tiers(tmp_path: Path) -> No
         for name in tasks:
             one = tallstore.load(first, task=name, fidelity="codes")
             other = tallstore.load(both, task=name)
-            assert all(bits(one[key]) == bits(other[key]) for key in one)
+            # Other dtypes have no codes: without the exact tier they are the base's.
+            keys = [k for k in one if k not in ("double", "ids")]
+            assert all(bits(one[key]) == bits(other[key]) for key in keys)
         with tallstore.open(first) as store:
             assert store.vector is not None and store.vector.tasks == ("x", "y")
             assert [task.exact for task in store.tasks.values()] == [exact, exact]

@@ -14,7 +14,8 @@ import pytest
 import xxhash
 from cli_helpers import ok, refused
 from helpers import assert_same
-from test_bad_input import Stored, rewrite, rewrite_body, stored, values
+from test_bad_input import Stored, rewrite, rewrite_body, values
+from zoo import fine_tune, make_base
 
 import tallstore
 from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
@@ -22,10 +23,17 @@ from tallstore.engine.keys import MANIFEST_KEY, chunk_key
 from tallstore.engine.manifest import FORMAT_VERSIONS, Manifest
 from tallstore.errors import ChecksumError, CorruptStoreError, NewerFormatError, TallstoreError
 
-__all__ = ["stored"]  # the fixture
-
 Record = dict[str, Any]
 CURE = "update tallstore"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Stored:
+    """Masks alone, in the words of version 1."""
+    base, path = make_base(), tmp_path / "zoo.tall"
+    tallstore.pack(path, base, {"one": fine_tune(base, 1), "two": fine_tune(base, 2)})
+    tasks = {name: tallstore.load(path, task=name) for name in ("one", "two")}
+    return Stored(path, base, tasks)
 
 
 def is_newer(error: BaseException, *parts: object) -> None:
