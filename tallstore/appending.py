@@ -33,6 +33,8 @@ __all__ = ["append_tasks", "options_like"]
 
 #: A newcomer that errs so much more than the tasks a profile was made of gets another bit.
 _MUCH_WORSE: Final = 1.1
+#: Of what tasks were coded with, what a newcomer is: a share of a score takes an `evaluate`.
+_ALIKE: Final = ("density", "bits", "over", "gain", "bits_per_weight", "max_error")
 
 
 def append_tasks(
@@ -127,18 +129,15 @@ def append_tasks(
 
 def options_like(catalog: Catalog) -> CodeOptions | None:
     """The options of a store's tasks, where they are coded alike and are appended to."""
-    found = {
-        (record.code, tuple(sorted((record.parameters or {}).items())))
+    found = [
+        (record.code, record.parameters or {})
         for record in catalog.tasks.values()
         if record.code != "none"
-    }
-    if len(found) != 1:
+    ]
+    if not found or any(other != found[0] for other in found) or found[0][0] == "tall":
         return None
-    ((code, parameters),) = found
-    if code == "tall":
-        return None
-    given = {name: value for name, value in parameters if name != "keep"}
-    return code_options(code=code, **given)
+    code, parameters = found[0]
+    return code_options(code=code, **{n: parameters[n] for n in _ALIKE if n in parameters})
 
 
 def _vector(path: Path, catalog: Catalog, options: CodeOptions | None) -> VectorRecord | None:
