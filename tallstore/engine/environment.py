@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -78,6 +79,8 @@ class Environment:
     """Where a file under a temporary name is to go: what messages call it."""
     walked: object = None
     """The commit that was checked last; `tallstore.engine.guard` keeps it here."""
+    failure: TallstoreError | None = None
+    """How the last write that failed did: LMDB may refuse everything from then on."""
 
     @property
     def writable(self) -> bool:
@@ -88,6 +91,22 @@ class Environment:
     def shown(self) -> Path:
         """The path for messages."""
         return self.destination or self.path
+
+    @contextlib.contextmanager
+    def errors(
+        self, *, doing: str, needed: int | None = None, writing: bool = False
+    ) -> Iterator[None]:
+        """As `lmdb_errors`; what LMDB refuses since a write failed is refused as that write was."""
+        try:
+            with lmdb_errors(self.shown, doing=doing, needed=needed):
+                yield
+        except TallstoreError as exc:
+            if isinstance(exc.__cause__, lmdb.PanicError):
+                if self.failure is not None:
+                    raise self.failure from exc
+            elif writing:
+                self.failure = exc
+            raise
 
     def paged_bytes(self) -> int:
         """Bytes that the file must have for the pages of the newest transaction."""

@@ -54,7 +54,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._beside: dict[Hashable, Any] = {}
-        with lmdb_errors(self.path, doing="read"):
+        with environment.errors(doing="read"):
             self._transaction, self._walked = begin_reading(environment)
             self._nbytes = environment.paged_bytes()
             try:
@@ -112,7 +112,7 @@ class Snapshot:
     def _value(self, key: bytes, what: str) -> memoryview:
         if self._environment is None or self._process != os.getpid():
             raise self._closed()
-        with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
+        with self._lock, self._environment.errors(doing=f"read {what}"):
             # LMDB does not look, and pages behind the end of the file would kill the process.
             if os.fstat(self._environment.presence).st_size < self._nbytes:
                 raise TruncatedStoreError(
