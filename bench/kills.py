@@ -20,6 +20,7 @@ from typing import Any
 from bench.faults.driver import Driver
 from bench.faults.operations import OPERATIONS
 from bench.faults.shim import CHANGES, HALF, KILL
+from bench.interrupt import interruptible
 from bench.rows import write
 
 __all__ = ["Kills"]
@@ -103,7 +104,8 @@ def measure(kills: Kills, *, count: int, seed: int) -> list[dict[str, Any]]:
         counted[kind] = kills.kills.total() - before
     draw = random.Random(seed)
     done = late = 0
-    while done < count:
+    stopped = interruptible()
+    while done < count and not stopped():
         killed = kills.at_random(names[(done + late) % len(names)], draw)
         done, late = done + killed, late + (not killed)
         if killed and done % 100 == 0:

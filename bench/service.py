@@ -58,7 +58,7 @@ def _requests(found: Zoo, store: Path, *, exact: bool, cache: Path | None) -> li
     for task, path in found.tasks.items():
         own = load_file(path / "model.safetensors") if exact else tallstore.load(store, task=task)
         model = classifier(own, found.base)
-        texts = encoded(task, cache)
+        texts = encoded(task, TEXTS * REQUESTS, cache)
         for number in range(REQUESTS):
             rows = range(number * TEXTS, (number + 1) * TEXTS)
             ids, mask, _ = texts.batch(rows)
@@ -144,10 +144,11 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="a directory of trained tasks to take as it is")
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))
     args = parser.parse_args()
     found = Zoo.at(args.zoo) if args.zoo else zoo(args.cache)
     rows = []
-    for name in STORES:
+    for name in args.stores:
         with tempfile.TemporaryDirectory(dir=args.cache) as folder:
             rows.append(
                 serve(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_helpers import DEVICE
-from serving_helpers import Net, address, assert_is, make_store, tensors
+from serving_helpers import Net, address, assert_is, make_store
 from zoo import bits, fine_tune, make_base
 
 import tallstore
@@ -160,14 +160,65 @@ def test_tensors_that_are_no_plain_runs(tmp_path: Path) -> None:
     assert not held[:, 1::2].any()
 
 
-def test_compiled_modules_go_on() -> None:
-    class Wrapped(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = inner
+class Linear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 48)
 
-    from tallstore.serving.model import Model
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
 
-    inner = torch.nn.Linear(3, 2)
-    assert set(Model(Wrapped(inner), None).tensors) == {"weight", "bias"}
-    assert set(tensors(inner)) == {"weight", "bias"}
+
+def make_linear(path: Path) -> tuple[Linear, torch.Tensor, dict[str, torch.Tensor]]:
+    """A model on the device, an input, and what each task makes of it."""
+    base = Linear().state_dict()
+    tuned = {name: fine_tune(base, n, step=0.5) for n, name in enumerate("ab")}
+    tallstore.pack(path, base, tuned, exact=True)
+    model = Linear().to(DEVICE).eval()
+    x = torch.randn(3, 64, device=DEVICE)
+    wanted = {}
+    for name, state in tuned.items():
+        model.load_state_dict(state)
+        wanted[name] = model(x).detach()
+    return model, x, wanted
+
+
+def test_compiled_modules_go_on(tmp_path: Path) -> None:
+    store = tmp_path / "zoo.tall"
+    model, x, wanted = make_linear(store)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), TaskSwitcher(compiled, store) as switcher:
+        for task in "abab":
+            with switcher.use(task) as live:
+                assert live is compiled and torch.equal(live(x), wanted[task])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_cuda_graphs_go_on(tmp_path: Path) -> None:
+    store = tmp_path / "zoo.tall"
+    model, x, wanted = make_linear(store)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        model(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        with TaskSwitcher(model, store) as switcher:
+            for task in "abab":
+                switcher.switch(task)
+                graph.replay()
+                torch.cuda.synchronize()
+                assert torch.equal(y, wanted[task])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_nothing_is_allocated_after_the_first_switches(folder: Path) -> None:
+    store = folder / "False.tall"
+    with TaskSwitcher(model_of(store), store) as switcher:
+        for task in TASKS:
+            switcher.switch(task)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        for task in (*TASKS, *TASKS):
+            switcher.switch(task)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -102,6 +102,30 @@ def test_a_switch_waits_for_the_prefetch(store: Path, monkeypatch: pytest.Monkey
     assert reads == ["a"]
 
 
+def test_a_switch_waits_for_room_that_a_prefetch_takes(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make(store, tasks=["a"])[0].need().codes
+    switcher, model = make(store, tasks=TASKS, resident="stream", budget=one)
+    begun, go = threading.Event(), threading.Event()
+    read = switcher._stock._read
+
+    def slowly(task: str) -> object:
+        begun.set()
+        assert go.wait(10)
+        return read(task)
+
+    monkeypatch.setattr(switcher._stock, "_read", slowly)
+    ahead = switcher.prefetch("a")
+    assert begun.wait(10)
+    timer = threading.Timer(0.05, go.set)
+    timer.start()
+    assert switcher.switch("b").source == "store"
+    ahead.result()
+    assert switcher.on_device == ("b",)
+    assert_is(model, store, "b")
+
+
 def test_what_is_too_large_goes_straight_into_the_model(store: Path) -> None:
     switcher, model = make(store, resident="stream", budget=0)
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}

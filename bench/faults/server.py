@@ -127,6 +127,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer until there are no more requests."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
         answer = _serve(json.loads(line))
         # What the template needed, later children have: else they would mostly be killed importing.

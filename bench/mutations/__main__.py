@@ -5,7 +5,7 @@ judged in a process of its own, with a limit on its address space and on its tim
 damaged: two zoos with a history, of masks and of all other codes (loaded task by task, verified,
 then written to, compacted or repaired), and one of the engine's whose tree is three levels deep
 (read chunk by chunk). No two runs make quite the same stores: what should not be is kept, for
-``--only SEED --file FILE``.
+``--only SEED --file FILE``. An interrupt (SIGINT) ends it with the rows of what was tried.
 
 - *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
 - *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
@@ -39,6 +39,7 @@ from typing import Any, Final
 
 import torch
 
+from bench.interrupt import interruptible
 from bench.mutations.damage import Mutation, Victim, mutate
 from bench.mutations.judge import judge_deep, judge_zoo
 from bench.mutations.regions import regions
@@ -145,6 +146,7 @@ def _start(victim: Victim, mutation: Mutation, seed: int, place: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     status = 1
     try:
         with (place / "errors").open("w") as errors:
@@ -229,8 +231,9 @@ def _run(
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
     resident = _resident()
+    stopped = interruptible()
     while True:
-        while free and (seed := next(todo, None)) is not None:
+        while free and not stopped() and (seed := next(todo, None)) is not None:
             victim = victims[seed % 3]
             place = free.pop()
             mutation = mutate(victim, seed)

@@ -13,7 +13,11 @@ VALUE_BITS = 8
 
 
 def _eight_bits(values: Tensor) -> Tensor:
+<<<<<<< HEAD
     if not values.numel():  # of a tensor that training left alone
+=======
+    if not values.numel():  # so few of a small tensor's weights are none
+>>>>>>> main
         return values
     scale = values.abs().max() / 127
     return (values / scale).round() * scale

@@ -110,12 +110,15 @@ def _classes(name: str, root: Path) -> int:
 @functools.cache
 def _encoded(name: str, part: Part, root: Path) -> Encoded:
     """Tokenize one part of a task, once for the life of the process."""
-    split: texts.Split = getattr(_task(name, root), part)
+    return _tokenized(name, getattr(_task(name, root), part), root, None)
+
+
+def _tokenized(name: str, split: texts.Split, root: Path, count: int | None) -> Encoded:
     tokenizer = Tokenizer.from_file(str(base_model(root) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(Settings(name).max_length)
-    encodings = tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in split.texts])
-    return Encoded([encoding.ids for encoding in encodings], torch.tensor(split.labels))
+    encodings = tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in split.texts[:count]])
+    return Encoded([encoding.ids for encoding in encodings], torch.tensor(split.labels[:count]))
 
 
 def _model(classes: int, root: Path) -> Classifier:
@@ -131,9 +134,10 @@ def classifier(state_dict: Mapping[str, Tensor], base: Path) -> Classifier:
     return model.eval()
 
 
-def encoded(task: str, cache: Path | None = None) -> Encoded:
-    """Give a task's test texts, encoded."""
-    return _encoded(task, "test", root_of(cache))
+def encoded(task: str, count: int, cache: Path | None = None) -> Encoded:
+    """Give a task's first test texts, encoded."""
+    root = root_of(cache)
+    return _tokenized(task, _task(task, root).test, root, count)
 
 
 @functools.cache

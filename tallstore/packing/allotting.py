@@ -14,6 +14,10 @@ code that minimizes ``harm + price * bits``, at one price of a bit for all tenso
 - what a code leaves out by rule, always the small weights, adds up over the inputs of a row: it
   counts `_BY_RULE` times (the inputs, if those are fewer) as much as noise, at most whole.
 
+Every error counts relative to the norm of the tensor's own weights in the base: what is little to a
+large tensor is much to a small one, such as a depthwise convolution. Vectors (biases, norms) count
+as the matrix before them.
+
 So a task near its base gets few values, far apart, on all its tensors, and a task far from it more
 values on fewer of them.
 
@@ -48,8 +52,8 @@ _STRIDES: Final = (
     2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42, 50, 60, 72, 86, 103, 124, 149, 179,
     215, 258, 310, 372, 446, 535, 642, 770, 924,
 )  # fmt: skip
-#: Fewer values than this tell a tensor's levels badly.
-_FEWEST: Final = 16
+#: Fewer values alone, each as long as the rest together, could be anything.
+_FEWEST: Final = 32
 _BITS: Final = (1, 2, 3, 4)
 #: Bits that a tensor's entry in the document takes.
 _ENTRY: Final = 200.0
@@ -109,6 +113,7 @@ class Offers:
         """Squared norm of the task vector."""
         start = sum(seen.start for seen in found.values())
         self._noise = min(_NOISE * self.moved / start, 1.0) if start else 1.0
+        self._counts = _counts(self._there, self._fans)
 
     def within(self, bits_per_weight: float) -> Allotment:
         """What does the least harm within a budget; everything is left where it buys nothing."""
@@ -127,6 +132,13 @@ class Offers:
             else:
                 low = middle
         return found
+
+    def least_bits(self) -> float:
+        """Bits a weight from which on `within` buys anything, to a tenth."""
+        bits = 1e-6
+        while all(draft.left for draft in self.within(bits).drafts.values()) and bits < 16:
+            bits *= 1.1
+        return bits
 
     def erring(self, relative_error: float) -> Allotment | None:
         """What takes the fewest bits for an error; None where the best errs more."""
@@ -160,13 +172,27 @@ class Offers:
         for n, seen in self._there.items():
             by_rule = min(rate * min(_BY_RULE, self._fans[n]), 1.0)
             best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
-            least = seen.moved
+            counts = self._counts[n]
+            least = counts * seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
-                cost = choice.harm(rate, by_rule) + price * choice.bits
+                cost = counts * choice.harm(rate, by_rule) + price * choice.bits
                 if cost < least:
                     best, least = choice, cost
             chosen.append(best)
         return _together(chosen)
+
+
+def _counts(found: Mapping[int, Magnitudes], fans: Mapping[int, int]) -> dict[int, float]:
+    """What a squared error of each tensor counts, 1 on average; a vector's as the last matrix's."""
+    made: dict[int, float] = {}
+    last = 1.0
+    for n, seen in sorted(found.items()):
+        if fans[n] > 1 and 0 < seen.start < math.inf:
+            last = 1 / math.sqrt(seen.start)
+        made[n] = last
+    whole = sum(seen.moved for seen in found.values())
+    mean = sum(made[n] * seen.moved for n, seen in found.items()) / whole if whole else 1.0
+    return {n: count / mean for n, count in made.items()}
 
 
 def _together(chosen: Sequence[Choice]) -> Allotment:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tallstore.codes import MAX_STRIDE
 from tallstore.errors import OptionError
 from tallstore.fitting import DEFAULT_GAIN, GAINS
 
@@ -42,7 +43,10 @@ class CodeOptions:
     @property
     def stride(self) -> int:
         """One weight in so many has a seeded value."""
-        return max(1, round(1 / self.density)) if self.density else 0
+        if not self.density:
+            return 0
+        # Also of densities whose inverse no float holds.
+        return max(1, round(min(1 / self.density, MAX_STRIDE)))
 
     @property
     def shared(self) -> bool:

@@ -167,12 +167,14 @@ class SpanCodes:
         Parameters
         ----------
         moves
-            The task vector over the whole piece.
+            The task vector over the piece, from its start as far as the task has weights: it may
+            have fewer rows than the base.
         """
         if self.values is None:
             return
         tensor = seeded_tensor(piece, seed=seed, arena_span=arena_span, span=span)
-        values = moves[support(tensor)]
+        at = support(tensor)
+        values = moves[at[at < moves.size]]
         size = np.abs(values)
         index = _nearest(size, None, draft.magnitudes)
         given = np.asarray(draft.magnitudes, np.float32)[index]
@@ -180,7 +182,7 @@ class SpanCodes:
         stats.projection += _dot(given, size)
         stats.norm += _dot(given, given)
         code = index | np.signbit(values).view(np.uint8) << np.uint8(draft.bits - 1)
-        pack_values(code, piece, self.values)
+        pack_values(np.pad(code, (0, at.size - code.size)), piece, self.values)
 
 
 def _dot(one: Floats, other: Floats) -> float:

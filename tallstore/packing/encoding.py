@@ -29,7 +29,7 @@ from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.chunk import Encoding
 from tallstore.engine.session import StreamWriter, WriteSession
 from tallstore.layout import Layout
-from tallstore.packing.drafts import Draft, SpanCodes, settle
+from tallstore.packing.drafts import SpanCodes, settle
 from tallstore.packing.encodings import BITS, residuals
 from tallstore.packing.masks import SpanMasks
 from tallstore.packing.surveying import Moves, span_moves
@@ -194,7 +194,16 @@ class TargetEncoder:
             if not stats.finite:
                 continue
             if draft.form == SEEDED:
-                self._code_values(codes, draft, seeded[held.base_segment], seen, stats, arena, span)
+                piece = seeded[held.base_segment]
+                codes.encode_values(
+                    draft,
+                    piece,
+                    moves,
+                    stats,
+                    seed=self.target.seed,
+                    arena_span=record.span,
+                    span=span,
+                )
             else:
                 step = seen.vector if self.target.shared else None
                 some = None if step is None else step[held.start : held.stop]
@@ -212,27 +221,6 @@ class TargetEncoder:
 
     def _pieces(self, arena: int, span: int) -> list[SeededPiece]:
         return seeded_pieces(self.layout, self._seeds, arena, span) if self._seeds else []
-
-    def _code_values(
-        self,
-        codes: SpanCodes,
-        draft: Draft,
-        piece: SeededPiece,
-        seen: Moves,
-        stats: CodeStats,
-        arena: int,
-        span: int,
-    ) -> None:
-        low = piece.piece.within
-        codes.encode_values(
-            draft,
-            piece,
-            seen.moves[low : low + piece.piece.count],
-            stats,
-            seed=self.target.seed,
-            arena_span=self.layout.arenas[arena].span,
-            span=span,
-        )
 
     def settle(self) -> dict[int, SegmentCode]:
         """The codes of all segments that can have one, once every span went by."""

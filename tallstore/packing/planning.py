@@ -211,7 +211,14 @@ class Planner:
         if options.max_error is not None:
             return _within_error(candidate.name, Offers(found, options.gain), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        return self._buy(candidate, Offers(found, options.gain, self._fans).within(bits))
+        offers = Offers(found, options.gain, self._fans)
+        bought = offers.within(bits)
+        if bought.drafts and all(draft.left for draft in bought.drafts.values()):
+            raise OptionError(
+                f"bits_per_weight={bits}: that buys nothing of task {candidate.name!r}, which "
+                f"would be the base; give {offers.least_bits():.2g} or more"
+            )
+        return self._buy(candidate, bought)
 
     def _buy(self, candidate: Candidate, bought: Allotment) -> Mapping[int, Draft]:
         """Drafts with all their magnitudes: those of seeded values from the weights picked."""

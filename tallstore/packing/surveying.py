@@ -132,17 +132,23 @@ def survey_values(
         if not pieces:
             return
         seen = span_moves(candidate, arena, span, read)
+        held_of = {held.base_segment: held for held in seen.held}
         for piece in pieces:
+            held = held_of.get(piece.piece.segment)
+            if held is None:
+                continue
             tensor = seeded_tensor(
                 piece, seed=seed, arena_span=layout.arenas[arena].span, span=span
             )
             part = Magnitudes(0)
             at = support(tensor)
             at += piece.piece.within
+            # The task may have fewer rows than the base.
+            at = at[(at >= held.start) & (at < held.stop)]
             part.add(seen.moves[at])
             with lock:
                 whole = found[piece.piece.segment]
-                whole.weights += piece.groups
+                whole.weights += at.size
                 whole.merge(part)
         progress(seen.raw.size)
 

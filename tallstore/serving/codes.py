@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from tallstore.errors import OptionError
@@ -56,7 +56,7 @@ class Codes:
         self._coming: dict[str, Future[TaskCode]] = {}
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
-        #: The task that is live: to go from a sparse code to the next takes both.
+        #: The task that is live, or being written: to go from a sparse code to the next takes both.
         self.live: str | None = None
 
     def take(self, task: str, nbytes: int, *, ahead: bool = False) -> Taken:
@@ -74,17 +74,23 @@ class Codes:
         OptionError
             `ahead`, and the budget does not hold both.
         """
-        with self._lock:
-            if task in self._held:
-                self._held.move_to_end(task)
-                return Taken(self._held[task], "device", 0)
-            coming = self._coming.get(task)
-            if coming is None:
-                self._make_room(task, nbytes, keep_live=ahead)
-                self._sizes[task] = nbytes
-                mine = self._coming[task] = Future()
-        if coming is not None:
-            return Taken(coming.result(), "device", 0)
+        while True:
+            with self._lock:
+                if task in self._held:
+                    self._held.move_to_end(task)
+                    return Taken(self._held[task], "device", 0)
+                coming = self._coming.get(task)
+                ahead_of_us = None
+                if coming is None:
+                    ahead_of_us = self._make_room(task, nbytes, keep_live=ahead)
+                if coming is None and ahead_of_us is None:
+                    self._sizes[task] = nbytes
+                    mine = self._coming[task] = Future()
+                    break
+            if coming is not None:
+                return Taken(coming.result(), "device", 0)
+            if ahead_of_us is not None:
+                wait([ahead_of_us])
         try:
             code = self._load(task)
         except BaseException as exc:
@@ -99,13 +105,16 @@ class Codes:
         mine.set_result(code)
         return Taken(code, self._source, code.nbytes)
 
-    def _make_room(self, task: str, nbytes: int, *, keep_live: bool) -> None:
+    def _make_room(self, task: str, nbytes: int, *, keep_live: bool) -> Future[TaskCode] | None:
+        """Drop codes until there is room; gives one to wait for where only that helps."""
         if self._budget is None:
-            return
+            return None
         idle = [name for name in self._held if name != self.live]
         if self.live is not None and self.live in self._held and not keep_live:
             idle.append(self.live)
         while sum(self._sizes.values()) + nbytes > self._budget:
+            if not idle and self._coming:
+                return next(iter(self._coming.values()))
             if not idle:
                 held = sum(self._sizes.values())
                 raise OptionError(
@@ -113,6 +122,7 @@ class Codes:
                     f"takes {size(nbytes)}; give {size(held + nbytes)} or more"
                 )
             self._drop(idle.pop(0))
+        return None
 
     def _drop(self, task: str) -> None:
         self._held.pop(task, None)

@@ -318,11 +318,11 @@ class TaskSwitcher:
                 self._writer.forget()
             if self._stock.too_large(task):
                 self._stock.offer.reader.check(plan)
-                self._none_is_live()
+                self._begin(None)
                 source, loaded, moved = "store", plan.nbytes, self._writer.decode(plan)
             else:
                 taken = self._stock.take(task)
-                self._none_is_live()
+                self._begin(task)
                 source, loaded = taken.source, taken.loaded
                 moved = self._writer.write(taken.code)
             replaced = self._model.install(plan.binding.heads)
@@ -338,9 +338,9 @@ class TaskSwitcher:
             skipped=plan.binding.skipped,
         )
 
-    def _none_is_live(self) -> None:
-        """From the first write on, until the last."""
-        self._task = self._stock.codes.live = None
+    def _begin(self, task: str | None) -> None:
+        """From the first write on, until the last, no task is live; the code of one is in use."""
+        self._task, self._stock.codes.live = None, task
 
     # -- the store ------------------------------------------------------------------------
 
