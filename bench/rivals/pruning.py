@@ -13,14 +13,10 @@ VALUE_BITS = 8
 
 
 def _eight_bits(values: Tensor) -> Tensor:
-<<<<<<< HEAD
-    if not values.numel():  # of a tensor that training left alone
-=======
     if not values.numel():  # so few of a small tensor's weights are none
->>>>>>> main
         return values
     scale = values.abs().max() / 127
-    return (values / scale).round() * scale
+    return values if scale == 0 else (values / scale).round() * scale
 
 
 def magnitude(vectors: Vectors, *, density: float) -> Coded:
