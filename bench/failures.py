@@ -5,7 +5,7 @@
 a full disk, or after half of the write where it is one; or with EIO, once or from then on. The
 operation must be refused with an error of the right kind, or succeed all the same (where the call
 was only to tidy up); then the store must open, verify, and hold what it held before, or all of the
-new.
+new. SIGINT ends it early.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Final
 from bench.faults.driver import Driver
 from bench.faults.operations import OPERATIONS
 from bench.faults.shim import FAIL, HALF, STICKY
+from bench.interrupt import interruptible
 from bench.rows import write
 
 __all__ = ["FAULTS", "Failures"]
@@ -103,8 +104,13 @@ def measure(failures: Failures, *, seed: int, count: int | None) -> list[dict[st
     ]
     draw = random.Random(seed)
     draw.shuffle(cases)
-    for name, fault, number in cases[:count]:
+    stopped = interruptible()
+    for done, (name, fault, number) in enumerate(cases[:count], 1):
+        if stopped():
+            break
         failures.at(name, fault, number)
+        if done % 500 == 0:
+            print(f"{done} faults", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

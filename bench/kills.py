@@ -20,6 +20,7 @@ from typing import Any
 from bench.faults.driver import Driver
 from bench.faults.operations import OPERATIONS
 from bench.faults.shim import CHANGES, HALF, KILL
+from bench.interrupt import interruptible
 from bench.rows import write
 
 __all__ = ["Kills"]
@@ -57,10 +58,7 @@ class Kills:
 
     def at_steps(self, name: str) -> None:
         """At each named step, and at its second coming where there is one."""
-        steps = OPERATIONS[name].steps
-        if OPERATIONS[name].before is None or name in ("save over", "pack over", "compact"):
-            steps = (*steps, "publish", "published")
-        for step in steps:
+        for step in OPERATIONS[name].steps:
             for occurrence in (1, 2):
                 request = {"step": step, "occurrence": occurrence}
                 if not self._once(name, f"step {step} {occurrence}", **request):
@@ -106,9 +104,12 @@ def measure(kills: Kills, *, count: int, seed: int) -> list[dict[str, Any]]:
         counted[kind] = kills.kills.total() - before
     draw = random.Random(seed)
     done = late = 0
-    while done < count:
+    stopped = interruptible()
+    while done < count and not stopped():
         killed = kills.at_random(names[(done + late) % len(names)], draw)
         done, late = done + killed, late + (not killed)
+        if killed and done % 100 == 0:
+            print(f"random: {done} kills", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

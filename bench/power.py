@@ -6,6 +6,7 @@ after a power cut at any moment of it: all that was synced is there; of the rest
 sectors of writes, any change of size, and any changes of names, each or not. A sector is whole or
 not written, as disks promise, and LMDB relies on. On each such disk the store must open, verify,
 and hold what it held before or all of the new; the latter for sure once the operation had returned.
+SIGINT ends it early.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.faults.driver import Driver
-from bench.faults.operations import OPERATIONS, prepare
+from bench.faults.operations import OPERATIONS
 from bench.faults.shim import Event, read_log
+from bench.faults.template import prepare
+from bench.interrupt import interruptible
 from bench.rows import write
 
 __all__ = ["Recording", "cut_power", "record"]
@@ -235,7 +238,10 @@ def measure(driver: Driver, *, count: int, seed: int) -> list[dict[str, Any]]:
     cuts: Counter[str] = Counter()
     new: Counter[str] = Counter()
     failures: list[str] = []
+    stopped = interruptible()
     for number in range(count):
+        if stopped():
+            break
         if number % len(moments) == 0:
             draw.shuffle(moments)
         name, moment = moments[number % len(moments)]
@@ -246,6 +252,8 @@ def measure(driver: Driver, *, count: int, seed: int) -> list[dict[str, Any]]:
         except AssertionError as exc:
             failures.append(f"{name}, after call {moment}, {share:.0%} kept: {exc}")
             print(failures[-1], flush=True)
+        if (number + 1) % 500 == 0:
+            print(f"{number + 1} cuts", flush=True)
     row = {
         "what": "all operations",
         "seed": seed,

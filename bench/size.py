@@ -1,8 +1,9 @@
 """How big: stores of real fine-tunes against their original files.
 
 ``python -m bench.size [--cache DIR] [--zoo DIR]``. The MiniLM zoo of 8 tasks in float32 and cast to
-bfloat16, by masks and with the exact tier; and 20 tasks, the 8 and 12 averages of pairs of them
-(full-rank task vectors of real weights, though not fine-tunes of their own).
+bfloat16, by masks, by ``auto`` at 0.15 bit and with the exact tier; and 20 tasks, the 8 and 12
+averages of pairs of them (full-rank task vectors of real weights, though not fine-tunes of their
+own). Stores by ``auto`` have their base compressed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bench.rows import write
 from bench.zoos.minilm import Zoo, zoo
 
 State = dict[str, torch.Tensor]
+AUTO: dict[str, Any] = {"code": "auto", "bits_per_weight": 0.15, "compress": True}
 
 
 def _states(found: Zoo) -> tuple[State, dict[str, State]]:
@@ -42,7 +44,7 @@ def _cast(state: State) -> State:
     return {n: w.bfloat16() if w.is_floating_point() else w for n, w in state.items()}
 
 
-def measure(name: str, base: State, tasks: dict[str, State], *, exact: bool) -> Any:
+def measure(name: str, base: State, tasks: dict[str, State], **options: Any) -> Any:
     """Write originals and store; compare file sizes."""
     with tempfile.TemporaryDirectory() as folder:
         originals = 0
@@ -51,14 +53,15 @@ def measure(name: str, base: State, tasks: dict[str, State], *, exact: bool) -> 
             save_file(state, path)
             originals += path.stat().st_size
         store = Path(folder) / "zoo.tall"
-        tallstore.pack(store, base, tasks, exact=exact)
+        tallstore.pack(store, base, tasks, **options)
         with tallstore.open(store) as opened:
             weights = sum(t.weights for t in opened.tasks.values())
             bits = 8 * sum(opened.stored_bytes(t) for t in tasks) / weights
             row = {
                 "what": name,
                 "tasks": len(tasks),
-                "exact": exact,
+                "options": options,
+                "exact_bits": _exact_bits(opened) if options.get("exact") else None,
                 "original_bytes": originals,
                 "store_bytes": store.stat().st_size,
                 "ratio": originals / store.stat().st_size,
@@ -67,9 +70,23 @@ def measure(name: str, base: State, tasks: dict[str, State], *, exact: bool) -> 
                 "vector_bytes": opened.vector_bytes(),
                 "density_mean": sum(t.density or 0 for t in opened.tasks.values()) / len(tasks),
             }
+    exact = row["exact_bits"]
     print(f"{name:<34}{originals / 1e6:>9.1f} MB{row['store_bytes'] / 1e6:>9.1f} MB"
-          f"   1/{row['ratio']:.2f}{bits:>9.2f} bits", flush=True)  # fmt: skip
+          f"   1/{row['ratio']:.2f}{bits:>9.2f} bits"
+          f"{f', exact tier {exact:.2f}' if exact else ''}", flush=True)  # fmt: skip
     return row
+
+
+def _exact_bits(store: tallstore.TallStore) -> float:
+    """Bits a coded weight and task of the exact tier's streams alone."""
+    stored = coded = 0
+    for name, record in store.tasks.items():
+        task = store.describe(name).task
+        assert task is not None
+        streams = [code.exact for code in task.codes if code.exact is not None]
+        stored += sum(store.stream_bytes(stream) for stream in streams)
+        coded += record.coded
+    return 8 * stored / coded
 
 
 def main() -> None:
@@ -83,9 +100,12 @@ def main() -> None:
     half_base, half = _cast(base), {t: _cast(s) for t, s in tasks.items()}
     print(f"{'':<34}{'originals':>12}{'store':>12}{'ratio':>9}{'a weight, task':>16}")
     rows = [
-        measure("8 tasks, float32, masks", base, tasks, exact=False),
-        measure("20 tasks, float32, masks", base, more, exact=False),
-        measure("8 tasks, bfloat16, masks", half_base, half, exact=False),
+        measure("8 tasks, float32, masks", base, tasks),
+        measure("20 tasks, float32, masks", base, more),
+        measure("8 tasks, bfloat16, masks", half_base, half),
+        measure("8 tasks, float32, auto", base, tasks, **AUTO),
+        measure("20 tasks, float32, auto", base, more, **AUTO),
+        measure("8 tasks, bfloat16, auto", half_base, half, **AUTO),
         measure("8 tasks, float32, exact tier", base, tasks, exact=True),
         measure("8 tasks, bfloat16, exact tier", half_base, half, exact=True),
     ]

@@ -17,7 +17,7 @@ from .counting import add_up, cut, load, popcount, valid
 
 __all__ = ["at_least", "count_uses", "use_histogram"]
 
-_USES: Final = Shape()
+_USES: Final = Shape(blocks=2, warps=2)
 _WORDS: Final = Shape(blocks=4)
 
 

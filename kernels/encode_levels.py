@@ -94,10 +94,12 @@ def _block(
             else:
                 tl.store(products + each, total(tl.where(chosen, t, 0.0)))
                 tl.store(squares + each, count.to(tl.float32))
-        tl.store(moved + block, total(t * t))
-        tl.store(error + block, total(nearest * nearest))
+        far = total(t * t)
+        off = total(nearest * nearest)
+        tl.store(moved + block, far)
+        tl.store(error + block, off)
         # Infinite still where no level is at a finite distance.
-        store_flags(x, y, nearest, same, finite, block)
+        store_flags(x, y, nearest, far, off, same, finite, block)
 
 
 @triton.jit(do_not_specialize=["stop"])

@@ -17,7 +17,9 @@ from .sums import TallSums
 
 __all__ = ["encode_tall"]
 
+#: Sums over a block cost least where one warp makes them.
 _WARPS: Final = 2
+_WARPS_SUMMING: Final = 1
 
 
 @triton.jit
@@ -56,10 +58,11 @@ def _block(
     if SUMS:
         chosen = tl.where(flag, from_merged, from_base)
         tl.store(ones + block, total(flag.to(tl.int32)))
-        tl.store(moved + block, total(from_base * from_base))
+        squares = total(from_base * from_base)
+        tl.store(moved + block, squares)
         tl.store(error + block, total(chosen * chosen))
         # Where the bit is set the other difference is finite too.
-        store_flags(x, y, from_base, same, finite, block)
+        store_flags(x, y, from_base, squares, squares, same, finite, block)
 
 
 @triton.jit(do_not_specialize=["stop"])
@@ -103,7 +106,7 @@ def encode_tall(
     sums: TallSums | None = None,
     start: int = 0,
     stop: int | None = None,
-    warps: int = _WARPS,
+    warps: int | None = None,
 ) -> None:
     """Fill `plane` with the packed TALL mask of a task, in one launch on the current stream.
 
@@ -125,11 +128,13 @@ def encode_tall(
     start, stop
         The weights to encode; `start` is a multiple of `BLOCK`.
     warps
-        Warps a block of weights.
+        Warps a block of weights; None: what suits.
     """
     stop = base.numel() if stop is None else stop
     if start >= stop:
         return
+    if warps is None:
+        warps = _WARPS if sums is None else _WARPS_SUMMING
     with launching_on(base):
         tall_kernel[(triton.cdiv(stop - start, BLOCK),)](
             base,

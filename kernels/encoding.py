@@ -40,13 +40,21 @@ def bits_of(x):
 
 
 @triton.jit
-def store_flags(base, finetuned, error, same, finite, block):
-    """Whether a block's weights are the base's own bits, and its errors (float32) finite."""
-    if base.dtype == finetuned.dtype:
-        differing = _top((bits_of(base) ^ bits_of(finetuned)).to(tl.uint32, bitcast=True))
-        tl.store(same + block, (differing == 0).to(tl.uint8))
-    else:
+def store_flags(base, finetuned, error, moved, total_error, same, finite, block):
+    """Whether a block's weights are the base's own bits, and its errors (float32) finite.
+
+    `moved` and `total_error` are the block's sums of squares. Nearly always they tell: a sum above
+    zero is of a weight that differs, and a finite one of finite errors.
+    """
+    if (moved > 0) & (moved < float("inf")) & (total_error < float("inf")):
         tl.store(same + block, tl.zeros([], tl.uint8))
-    # Without their signs bit patterns are in order: finite, infinite, NaN.
-    highest = _top(bits_of(tl.abs(error)))
-    tl.store(finite + block, (highest < 0x7F800000).to(tl.uint8))
+        tl.store(finite + block, tl.full([], 1, tl.uint8))
+    else:
+        if base.dtype == finetuned.dtype:
+            differing = _top((bits_of(base) ^ bits_of(finetuned)).to(tl.uint32, bitcast=True))
+            tl.store(same + block, (differing == 0).to(tl.uint8))
+        else:
+            tl.store(same + block, tl.zeros([], tl.uint8))
+        # Without their signs bit patterns are in order: finite, infinite, NaN.
+        highest = _top(bits_of(tl.abs(error)))
+        tl.store(finite + block, (highest < 0x7F800000).to(tl.uint8))

@@ -69,10 +69,15 @@ def _tile(
             # Added up: a product with k would be one of 32 bits, and planes can lie further apart.
             plane += plane_stride
         if PLANES == 1:
-            # Two levels: chosen between in registers, where a table would be read per weight.
+            # Few levels: chosen between in registers, where a table would be read per weight.
             low = tl.load(table + row * 2)
             high = tl.load(table + row * 2 + 1)
             step = tl.where(code != 0, high, low)
+        elif PLANES == 2:
+            at_row = table + row * 4
+            low = tl.where((code & 1) != 0, tl.load(at_row + 1), tl.load(at_row))
+            high = tl.where((code & 1) != 0, tl.load(at_row + 3), tl.load(at_row + 2))
+            step = tl.where((code & 2) != 0, high, low)
         else:
             step = tl.load(table + (row * (1 << PLANES) + code))
         if VECTOR:

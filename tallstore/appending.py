@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
 from tallstore.documents import BaseDocument
@@ -99,7 +99,9 @@ def append_tasks(
             candidate, remarks = _candidate(name, source, base, coded=coded, strict=strict)
             notes += remarks
             if options is None:
-                targets.append(Target(candidate=candidate, exact=exact is not False))
+                # A save is to be read by every reader there is; what is added may be smaller.
+                parameters: dict[str, Any] | None = {} if compress else None
+                targets.append(Target(candidate=candidate, exact=True, parameters=parameters))
                 continue
             target, remarks = _target(held, base, vector, candidate, options, exact, pool, meter)
             targets.append(target)

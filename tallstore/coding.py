@@ -6,14 +6,16 @@ uint16 bit patterns, since numpy has no such dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tallstore.bits import count_bits, pack_bits
+from tallstore.codecs.ordered import ordered, unordered, unzigzag, zigzag
 from tallstore.dtypes import itemsize, torch_dtype
 
 __all__ = [
@@ -30,7 +32,8 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SIGNED: Final = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+#: Words of a piece that stays in the cache.
+_PIECE: Final = 1 << 14
 _ORDERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
@@ -146,28 +149,6 @@ def encode_tall(
     return packed, CodeStats(base.size, count_bits(packed), moved, error, same=False, finite=finite)
 
 
-def _ordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Float bit patterns as unsigned integers that order as the floats do."""
-    if dtype not in _ORDERED:
-        return words
-    kind = words.dtype.type
-    top = kind(8 * words.itemsize - 1)
-    negative = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
-    mask: npt.NDArray[Any] = words ^ (negative | (kind(1) << top))
-    return mask
-
-
-def _unordered(words: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    if dtype not in _ORDERED:
-        return words
-    kind = words.dtype.type
-    top = kind(8 * words.itemsize - 1)
-    # The top bit is set where the float was positive: those got the sign bit flipped alone.
-    positive = (words.view(_SIGNED[words.itemsize]) >> top.astype(np.int8)).view(kind)
-    back: npt.NDArray[Any] = words ^ (~positive | (kind(1) << top))
-    return back
-
-
 def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
     """The exact tier: zigzag of the integer difference of two runs of bit patterns.
 
@@ -182,21 +163,31 @@ def residual(actual: Bytes, predicted: Bytes, dtype: str) -> Bytes:
         uint8, the same size: ``z = (d << 1) ^ (d >> all)`` of ``d = ordered(actual) -
         ordered(predicted)`` modulo the word, little endian.
     """
-    size = itemsize(dtype)
-    kind, signed = _UNSIGNED[size], _SIGNED[size]
-    top = 8 * size - 1
-    difference = _ordered(actual.view(kind), dtype) - _ordered(predicted.view(kind), dtype)
-    sign = (difference.view(signed) >> signed(top)).view(kind)
-    zigzag: Bytes = ((difference << kind(1)) ^ sign).view(np.uint8)
-    return zigzag
+    kind = _UNSIGNED[itemsize(dtype)]
+    one, other, out = actual.view(kind), predicted.view(kind), np.empty_like(actual)
+    words = out.view(kind)
+    for at in _pieces(words.size):
+        if dtype in _ORDERED:
+            words[at] = zigzag(ordered(one[at]) - ordered(other[at]))
+        else:
+            words[at] = zigzag(one[at] - other[at])
+    return out
 
 
-def add_residual(predicted: Bytes, zigzag: Bytes, dtype: str) -> Bytes:
+def _pieces(count: int) -> Iterator[slice]:
+    """Of whole arrays each step would take new memory, which costs more than the arithmetic."""
+    for start in range(0, count, _PIECE):
+        yield slice(start, start + _PIECE)
+
+
+def add_residual(predicted: Bytes, folded: Bytes, dtype: str) -> Bytes:
     """The inverse of `residual`: the actual bytes."""
-    size = itemsize(dtype)
-    kind = _UNSIGNED[size]
-    words = zigzag.view(kind)
-    difference = (words >> kind(1)) ^ (kind(0) - (words & kind(1)))
-    ordered = _ordered(predicted.view(kind), dtype) + difference
-    raw: Bytes = _unordered(ordered, dtype).view(np.uint8)
-    return raw
+    kind = _UNSIGNED[itemsize(dtype)]
+    known, differences, out = predicted.view(kind), folded.view(kind), np.empty_like(predicted)
+    words = out.view(kind)
+    for at in _pieces(words.size):
+        if dtype in _ORDERED:
+            words[at] = unordered(ordered(known[at]) + unzigzag(differences[at]))
+        else:
+            words[at] = known[at] + unzigzag(differences[at])
+    return out

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 
 from tallstore.catalog import QUANTIZED, VectorRecord
-from tallstore.codecs.quantized import FORMS, Form, dequantize, quantized_size
+from tallstore.codecs.quantized import FORMS, dequantize
 from tallstore.codes import TALL_LEVELS, ArenaCode, level_rows
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
 from tallstore.documents import CODE, OWN, BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
-from tallstore.engine.keys import Stream
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.externalbase import OUTSIDE, base_elements
-from tallstore.layout import BLOCK, Arena, Layout
-from tallstore.ops import reconstruct
+from tallstore.layout import BLOCK, Layout
+from tallstore.predicting import predict, scatter
 from tallstore.scratch import Scratch
-from tallstore.spancodes import check_code_streams, code_bits, code_planes
-from tallstore.spans import Run, Span, SpanKey, Take
+from tallstore.spancodes import code_bits, code_planes, code_touches
+from tallstore.spans import Run, Span, SpanKey, Take, Touches
 from tallstore.specs import SegmentSpec
+from tallstore.streamchecks import check_streams
 
-__all__ = ["Decoder", "Levels", "Run", "Span", "SpanKey", "predict"]
+__all__ = ["Decoder", "Levels", "Run", "Span", "SpanKey"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Decoder:
         self._links = self._link()
         # The base's elements may be in another store; everything else never is.
         self._home, self._base_streams = base_elements(snapshot, base)
-        self._check_streams()
+        check_streams(snapshot, base, task, vector, home=self._home, elements=self._base_streams)
         self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
 
     def _link(self) -> dict[tuple[bool, int], list[_Link]]:
@@ -105,44 +105,6 @@ class Decoder:
                 links[part.kind == OWN, part.segment].append(link)
                 offset += part.count
         return links
-
-    def _check_streams(self) -> None:
-        """Every stream over an arena must be as long as the arena: decoding counts on it."""
-        for arena, stream in zip(self._base.layout.arenas, self._base_streams, strict=True):
-            self._check_stream(stream, arena, 8 * itemsize(arena.dtype), self._home)
-        if self._vector is not None:
-            for arena, stream in zip(self._base.layout.arenas, self._vector.streams, strict=False):
-                if self._vector.dtype in QUANTIZED:
-                    self._check_quantized(stream, arena, FORMS[self._vector.dtype])
-                else:
-                    self._check_stream(stream, arena, 8 * itemsize(self._vector.dtype))
-        if self._task is None:
-            return
-        for arena, stream in zip(self._task.own_layout.arenas, self._task.own_streams, strict=True):
-            self._check_stream(stream, arena, 8 * itemsize(arena.dtype))
-        for code in self._task.codes:
-            arena = self._base.layout.arenas[code.arena]
-            self._check_stream(code.planes, arena, code.bits)
-            self._check_stream(code.sparse, arena, 2)
-            self._check_stream(code.exact, arena, 8 * itemsize(code.dtype))
-            check_code_streams(self._snapshot, self._base.layout, self._task, code)
-
-    def _check_stream(
-        self, number: int | None, arena: Arena, bits: int, snapshot: Snapshot | None = None
-    ) -> None:
-        if not number:
-            return
-        snapshot = snapshot or self._snapshot
-        stream = snapshot.stream(number)
-        _check_length(snapshot, stream, arena.span * bits // 8, arena.weights * bits // 8)
-
-    def _check_quantized(self, number: int, arena: Arena, form: Form) -> None:
-        if number:
-            size = quantized_size(arena.span, form)
-            rest = arena.weights % arena.span
-            whole = arena.weights // arena.span * size
-            length = whole + (quantized_size(rest, form) if rest else 0)
-            _check_length(self._snapshot, self._snapshot.stream(number), size, length)
 
     def _layout(self, own: bool) -> Layout:
         return self._task.own_layout if own and self._task else self._base.layout
@@ -235,6 +197,7 @@ class Decoder:
         take: Take | None = None,
         *,
         snapshot: Snapshot | None = None,
+        side: Bytes | None = None,
     ) -> Bytes:
         snapshot = snapshot or self._snapshot
         record = snapshot.stream(stream)
@@ -243,7 +206,7 @@ class Decoder:
                 f"{snapshot.path}: stream {stream} has {record.chunks} chunks, no {span}"
             )
         out = (take or self._scratch.take)(name, record.raw_size(span))
-        snapshot.read_chunk(record, span, out)
+        snapshot.read_chunk(record, span, out, side=side)
         return out
 
     def _elements_of(self, own: bool, arena: int) -> tuple[Snapshot, int]:
@@ -291,13 +254,21 @@ class Decoder:
         planes = vector = residual = None
         vector_dtype = dtype
         bits = 1
+        touched = None
         if self._predicts(code):
-            planes, bits = self._planes(code, span, take)
+            if take is None and (code.sparse is not None or code.seeded is not None):
+                touched = self._touches(code, span)
+                if code.planes is not None:
+                    planes, bits = self._chunk(code.planes, span, "planes"), code.bits
+            else:
+                planes, bits = self._planes(code, span, take)
             if code.shared:
                 vector, vector_dtype = self._vector_chunk(arena, span, take)
         if code.exact is not None and self._exact:
-            residual = self._chunk(code.exact, span, "residual", take)
-        return Span(base, dtype, code, planes, vector, vector_dtype, residual, bits, in_map)
+            residual = self._residual(code, span, base, dtype, take)
+        return Span(
+            base, dtype, code, planes, vector, vector_dtype, residual, bits, touched, in_map
+        )
 
     def _planes(self, code: ArenaCode, span: int, take: Take | None) -> tuple[Bytes, int]:
         """The packed codes over a span of the base, plane after plane, and how many planes."""
@@ -306,6 +277,11 @@ class Decoder:
         return code_planes(
             self._snapshot, self._base.layout, self._task, code, span, take or self._scratch.take
         )
+
+    def _touches(self, code: ArenaCode, span: int) -> Mapping[str, Touches]:
+        if self._task is None:
+            raise CorruptStoreError(f"{self._snapshot.path}: codes without a task")
+        return code_touches(self._snapshot, self._base.layout, self._task, code, span)
 
     def levels(self, arena: int) -> Levels:
         """The levels of the task's codes over an arena that it has codes for."""
@@ -419,6 +395,10 @@ class Decoder:
     ) -> None:
         width = itemsize(code.dtype)
         low, together = 0, None
+        if data.touched is not None:
+            for run, out in runs:
+                self._scatter(data, key, code, run, out)
+            return
         if len(runs) > _FEW:
             # Many small tensors: one pass over them all, then copies, so that threads meet less.
             low = min(run.within for run, _ in runs) // BLOCK * BLOCK
@@ -437,6 +417,28 @@ class Decoder:
             if data.residual is not None:
                 zigzag = data.residual[run.within * width : (run.within + run.count) * width]
                 np.copyto(out, add_residual(out, zigzag, code.dtype))
+
+    def _scatter(self, data: Span, key: SpanKey, code: ArenaCode, run: Run, out: Bytes) -> None:
+        """Predict a run of which sparse or seeded codes touch few weights, or of dense codes."""
+        coding = (self._task.codings or {}).get(run.origin) if self._task else None
+        levels = self._levels[key[1]]
+        high = run.within + run.count
+        if coding is None or data.touched is None or coding.form not in data.touched:
+            row = levels.row(run.origin)
+            self._predict(data, key, code, run.within, high, out, row)
+            return
+        dtype = self._base.layout.arenas[key[1]].dtype
+        size = itemsize(dtype)
+        found = data.touched[coding.form]
+        first, last = np.searchsorted(found.at, (run.within, high))
+        scatter(
+            data.base[run.within * size : high * size],
+            dtype,
+            Touches(found.at[first:last] - run.within, found.codes[first:last]),
+            levels.table[levels.row(run.origin)].numpy(),
+            out,
+            code.dtype,
+        )
 
     def _predict(
         self,
@@ -457,7 +459,10 @@ class Decoder:
         if data.vector is not None:
             vector = torch.from_numpy(data.vector).view(torch_dtype(data.vector_dtype))[low:high]
         base = data.base[low * size : high * size]
-        table = None if planes is None else self._levels[key[1]].table
+        # A row of fewer levels than the arena's widest codes have: the first of it.
+        table = None
+        if planes is not None:
+            table = self._levels[key[1]].table[:, : 1 << data.code_bits].contiguous()
         if isinstance(rows, int) and table is not None:
             table, rows = table[rows : rows + 1], None
         some = rows if isinstance(rows, torch.Tensor) else None
@@ -507,23 +512,29 @@ class Decoder:
         predict(base, base_dtype, planes, part, table, rows, out, dtype, self._scratch)
         return out
 
-    def residual(self, arena: int, span: int) -> Bytes | None:
+    def residual(self, arena: int, span: int, base: Bytes) -> Bytes | None:
         """The residual over a span; None where there is none, or it is not wanted.
 
         Valid until the same thread asks for the next one.
+
+        Parameters
+        ----------
+        base
+            The base's bytes over the span.
         """
         code = self._codes.get(arena)
-        if code is None or code.exact is None or not self._exact:
+        if code is None or not self._exact:
             return None
-        return self._chunk(code.exact, span, "residual")
+        return self._residual(code, span, base, self._base.layout.arenas[arena].dtype)
 
-
-def _check_length(snapshot: Snapshot, stream: Stream, size: int, length: int) -> None:
-    if (stream.chunk_size, stream.raw) != (size, length):
-        raise CorruptStoreError(
-            f"{snapshot.path}: stream {stream.number} has {stream.raw} bytes in chunks of "
-            f"{stream.chunk_size}, its arena takes {length} in chunks of {size}"
-        )
+    def _residual(
+        self, code: ArenaCode, span: int, base: Bytes, dtype: str, take: Take | None = None
+    ) -> Bytes | None:
+        if code.exact is None:
+            return None
+        # What it was encoded against.
+        start = base if code.dtype == dtype else from_float32(to_float32(base, dtype), code.dtype)
+        return self._chunk(code.exact, span, "residual", take, side=start)
 
 
 def _levels(code: ArenaCode, task: TaskDocument) -> Levels:
@@ -537,42 +548,3 @@ def _levels(code: ArenaCode, task: TaskDocument) -> Levels:
         rows.update(dict.fromkeys(bare, len(table)))
         table.append([-0.0] * (1 << planes))
     return Levels(torch.tensor(table, dtype=torch.float32), rows)
-
-
-def predict(
-    base: Bytes,
-    base_dtype: str,
-    planes: Bytes | None,
-    vector: torch.Tensor | None,
-    table: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    out: Bytes,
-    dtype: str,
-    scratch: Scratch,
-) -> None:
-    """Fill `out` with what codes predict, as bytes of `dtype`.
-
-    Parameters
-    ----------
-    base
-        Its bytes, of `base_dtype`.
-    planes
-        uint8, shape (K, bytes); None: the base is the prediction.
-    vector
-        Shape (n,); None stands for 1.
-    table, rows
-        As `tallstore.ops.reconstruct` takes levels and rows.
-    """
-    if planes is None or table is None:
-        same = dtype == base_dtype
-        np.copyto(out, base if same else from_float32(to_float32(base, base_dtype), dtype))
-        return
-    reconstruct(
-        torch.from_numpy(base).view(torch_dtype(base_dtype)),
-        torch.from_numpy(planes),
-        vector,
-        table,
-        torch.from_numpy(out).view(torch_dtype(dtype)),
-        rows=rows,
-        scratch=scratch,
-    )

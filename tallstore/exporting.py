@@ -25,7 +25,7 @@ from tallstore.sources.safetensors_file import METADATA_FILE
 from tallstore.sources.safetensors_writer import SafetensorsWriter
 from tallstore.specs import TensorSpec, contiguous_stride
 
-__all__ = ["DEFAULT_SHARD", "check_place", "export"]
+__all__ = ["DEFAULT_SHARD", "check_place", "export", "write_files"]
 
 #: Bytes of tensors a shard, as other tools have it.
 DEFAULT_SHARD: Final = 5 * 10**9
@@ -182,12 +182,7 @@ def _export_directory(
     with lmdb_errors(out, doing="write", needed=sum(_nbytes(t) for t in tensors)):
         temporary, claim = _temporary_directory(out)
         try:
-            for file in loader.contents.files:
-                if file.path == METADATA_FILE:
-                    continue
-                place = _safe(temporary, file.path, loader.what)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _write_file(place, loader.read_file(file.path))
+            write_files(loader, temporary)
             _write_weights(loader, tensors, temporary, max_shard_size, progress)
             for directory in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
                 sync_directory(directory)
@@ -199,6 +194,22 @@ def _export_directory(
         finally:
             os.close(claim)
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def write_files(loader: Loader, directory: Path) -> None:
+    """Write the stored files, which are never weights, into a directory.
+
+    Raises
+    ------
+    CorruptStoreError
+        One is damaged, or is called what would lead outside the directory.
+    """
+    for file in loader.contents.files:
+        if file.path == METADATA_FILE:
+            continue
+        place = _safe(directory, file.path, loader.what)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(place, loader.read_file(file.path))
 
 
 def _temporary_directory(out: Path) -> tuple[Path, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +13,7 @@ from tallstore.errors import MismatchError
 from tallstore.layout import Layout
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
 
-__all__ = ["OwnSlice", "Plan", "match"]
+__all__ = ["OwnSlice", "Plan", "common_prefix", "match", "renamed"]
 
 #: Below this share of matching weights a checkpoint is taken for another architecture's.
 _LEAST_MATCH: Final = 0.5
@@ -59,7 +59,7 @@ def _is_whole(tensor: TensorSpec, segment: SegmentSpec) -> bool:
     )
 
 
-def _prefix(names: Sequence[str], base: Mapping[str, TensorSpec]) -> tuple[str, str]:
+def common_prefix(names: Sequence[str], base: Collection[str]) -> tuple[str, str]:
     """(prefix to take off, prefix to put on) that makes most of `names` names of the base."""
     plain = sum(name in base for name in names)
     found: Counter[tuple[str, str]] = Counter()
@@ -76,7 +76,8 @@ def _prefix(names: Sequence[str], base: Mapping[str, TensorSpec]) -> tuple[str, 
     return best if count > plain else ("", "")
 
 
-def _renamed(name: str, prefix: tuple[str, str]) -> str:
+def renamed(name: str, prefix: tuple[str, str]) -> str:
+    """`name` as the base has it, by what `common_prefix` gave."""
     off, on = prefix
     return on + name[len(off) :] if name.startswith(off) else name
 
@@ -91,7 +92,7 @@ def _pair(
 ) -> tuple[int, int] | None:
     """(base segment, elements in common from its start), or None."""
     for tensor in views:
-        other = named.get(_renamed(tensor.name, prefix))
+        other = named.get(renamed(tensor.name, prefix))
         if other is None:
             continue
         whole = base.segments[other.segment]
@@ -141,7 +142,7 @@ def match(
         `strict`, and most of the checkpoint is not in the base under the same names and shapes.
     """
     named = {tensor.name: tensor for tensor in base.tensors}
-    prefix = _prefix([tensor.name for tensor in tensors], named)
+    prefix = common_prefix([tensor.name for tensor in tensors], named)
     notes = []
     if prefix != ("", ""):
         notes.append(f"{label}: names match the base's with {prefix[0] or prefix[1]!r} set aside")
@@ -209,7 +210,7 @@ def _mismatch(
 ) -> str:
     clashes, absent = [], []
     for tensor in tensors:
-        other = named.get(_renamed(tensor.name, prefix))
+        other = named.get(renamed(tensor.name, prefix))
         if other is None:
             absent.append(repr(tensor.name))
         elif other.shape != tensor.shape:

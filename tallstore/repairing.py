@@ -4,8 +4,10 @@ Chunks are copied as they are, each under its checksum, from wherever in the fil
 one is found (`tallstore.engine.salvage`). Then it is seen who can do without what is missing:
 
 - a task of which everything is there is kept, bit for bit;
-- a task of masks whose exact tier has a hole becomes what it was without that tier: lossy, and said
+- a task of codes whose exact tier has a hole becomes what it was without that tier: lossy, and said
   to be;
+- a task whose codes have a hole, but whose exact tier does without them, loses its codes: it loads
+  bit for bit, but no more from codes alone, and that is said;
 - a stored file that cannot be read is left out of its task, or base, and said to be;
 - any other task with a hole is left out, with the names of the tensors that are gone;
 - without a whole base there is no store: everything hangs on it.
@@ -18,12 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tallstore.catalog import BaseRecord, Catalog, TaskRecord
+from tallstore.catalog import Catalog
 from tallstore.checking import verify_snapshot
-from tallstore.codes import ArenaCode
 from tallstore.damage import RESIDUAL, Damage
-from tallstore.describing import describe, read_base
-from tallstore.documents import CODE, Contents, StoredFile
+from tallstore.describing import read_base
 from tallstore.engine.environment import lmdb_errors
 from tallstore.engine.manifest import Manifest
 from tallstore.engine.newfile import NewFile
@@ -33,7 +33,7 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import CorruptStoreError, OptionError, StoreExistsError
 from tallstore.externalbase import open_external, place_of, with_base_at
-from tallstore.packing.writing import write_blob
+from tallstore.mending import base_without, codes_hit, has_codes, task_without
 from tallstore.progress import Meter, Report
 from tallstore.version import WRITTEN_BY
 
@@ -57,7 +57,9 @@ class Repair:
     whole: tuple[str, ...]
     """Tasks that are there as they were."""
     lossy: Mapping[str, Damage]
-    """Tasks whose exact tier is gone: their masks alone are left."""
+    """Tasks whose exact tier is gone: their codes alone are left."""
+    bare: tuple[str, ...]
+    """Tasks whose codes are gone: their exact tier alone is left, and gives them bit for bit."""
     lost: Mapping[str, Damage]
     """Tasks that are not there any more, and what of them is damaged."""
     files: Mapping[str | None, tuple[str, ...]]
@@ -68,7 +70,7 @@ class Repair:
     @property
     def ok(self) -> bool:
         """Whether nothing was lost."""
-        return self.in_force and not (self.lossy or self.lost or self.files)
+        return self.in_force and not (self.lossy or self.bare or self.lost or self.files)
 
 
 def repair_store(
@@ -101,10 +103,10 @@ def repair_store(
     StoreLockedError
         Others have the store open; nothing was changed.
     """
-    if out is not None and os.path.lexists(out):
-        raise StoreExistsError(f"{out}: there already; name another place (--out)")
     if out == path:
         raise OptionError(f"{out}: the damaged store itself; leave out= away to replace it")
+    if out is not None and os.path.lexists(out):
+        raise StoreExistsError(f"{out}: there already; name another place (--out)")
     place = path if out is None else out
     with WriterLock(path, timeout=timeout), lmdb_errors(path, doing="repair"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -145,21 +147,39 @@ def _rebuild(
         lossy: dict[str, Damage] = {}
         files: dict[str | None, tuple[str, ...]] = {}
         for name, damage in found.tasks.items():
-            if damage.roles == {RESIDUAL} and _has_codes(snapshot, catalog, name):
+            if damage.roles == {RESIDUAL} and has_codes(snapshot, catalog, name):
                 lossy[name] = damage
             elif damage.roles:
                 lost[name] = damage
             if damage.files and name not in lost:
                 files[name] = damage.files
+        bad = {problem.chunk[0] for problem in found.problems if problem.chunk is not None}
+        bare = []
+        for name in catalog.tasks.keys() - lost.keys() if bad else ():
+            hit = codes_hit(snapshot, catalog, name, bad)
+            if hit and name in lossy:
+                damage = lossy.pop(name)
+                lost[name] = replace(damage, roles=damage.roles | {"planes"})
+                files.pop(name, None)
+            elif hit:
+                bare.append(name)
         kept = {name: task for name, task in catalog.tasks.items() if name not in lost}
         with WriteSession(new.environment, snapshot.manifest) as session:
             base = catalog.base
             if base is not None and found.base is not None:
                 files[None] = found.base.files
-                base = _base_without(session, snapshot, catalog, base, found.base.files)
+                base = base_without(session, snapshot, catalog, base, found.base.files)
             tasks = {
-                name: _task_without(session, snapshot, catalog, name, name in lossy, files)
-                if name in lossy or name in files
+                name: task_without(
+                    session,
+                    snapshot,
+                    catalog,
+                    name,
+                    exact=name not in lossy,
+                    codes=name not in bare,
+                    files=files.get(name, ()),
+                )
+                if name in lossy or name in bare or name in files
                 else record
                 for name, record in kept.items()
             }
@@ -168,7 +188,8 @@ def _rebuild(
             session.commit(after.to_json(), live=after.live_streams(), written_by=WRITTEN_BY)
     finally:
         snapshot.close()
-    whole = tuple(name for name in kept if name not in lossy and name not in files)
+    changed = {*lossy, *bare, *files}
+    whole = tuple(name for name in kept if name not in changed)
     return Repair(
         out=place,
         kept=path,
@@ -176,6 +197,7 @@ def _rebuild(
         in_force=in_force,
         whole=whole,
         lossy=lossy,
+        bare=tuple(name for name in kept if name in bare),
         lost=lost,
         files=files,
         missing=missing,
@@ -231,72 +253,16 @@ def _check_base(path: Path, catalog: Catalog, damage: Damage | None) -> None:
         return
     if "document" in damage.roles:
         gone = "its document, without which nothing in the store can be told apart"
+        left = ""
     else:
         gone = f"{len(damage.tensors)} of its tensors ({_some(damage.tensors)})"
+        left = "; the tensors that are not named here still load (names=)"
     raise CorruptStoreError(
         f"{path}: the base is damaged: {gone}. Every task hangs on it, so no store can be made of "
-        "what is left; the tensors that are not named here still load (names=). Restore the store "
-        "from a copy"
+        f"what is left{left}. Restore the store from a copy"
     )
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:5]))
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
-
-
-def _has_codes(snapshot: Snapshot, catalog: Catalog, name: str) -> bool:
-    """Whether a task has codes everywhere, so that it can do without residuals."""
-    task = describe(snapshot, catalog, task=name).task
-    if task is None:
-        return False
-    if task.codings is None:
-        return all(code.coded for code in task.codes)
-    return all(p.segment in task.codings for ps in task.parts for p in ps if p.kind == CODE)
-
-
-def _kept_files(contents: Contents, gone: Sequence[str]) -> tuple[Contents, set[int]]:
-    """Contents without some files, and the streams of the files that stay."""
-    files: tuple[StoredFile, ...] = tuple(f for f in contents.files if f.path not in gone)
-    return replace(contents, files=files), {file.stream for file in files}
-
-
-def _base_without(
-    session: WriteSession,
-    snapshot: Snapshot,
-    catalog: Catalog,
-    record: BaseRecord,
-    gone: Sequence[str],
-) -> BaseRecord:
-    document = read_base(snapshot, catalog)
-    contents, files = _kept_files(document.contents, gone)
-    number = write_blob(session, replace(document, contents=contents).to_bytes())
-    streams = tuple(sorted({*filter(None, document.streams), *files} - {0}))
-    return replace(record, document=number, streams=streams, nbytes=contents.nbytes)
-
-
-def _task_without(
-    session: WriteSession,
-    snapshot: Snapshot,
-    catalog: Catalog,
-    name: str,
-    lossy: bool,
-    files: Mapping[str | None, tuple[str, ...]],
-) -> TaskRecord:
-    """A task's record and document without its exact tier, or without some files."""
-    record, document = catalog.tasks[name], describe(snapshot, catalog, task=name).task
-    if document is None:
-        raise CorruptStoreError(f"{snapshot.path}: task {name!r} has no document")
-    contents, kept = _kept_files(document.contents, files.get(name, ()))
-    codes: tuple[ArenaCode, ...] = document.codes
-    if lossy:
-        codes = tuple(replace(code, exact=None) for code in codes)
-    number = write_blob(session, replace(document, contents=contents, codes=codes).to_bytes())
-    needed = {number for code in codes for number in code.streams}
-    return replace(
-        record,
-        document=number,
-        streams=tuple(sorted({*document.own_streams, *kept, *needed} - {0})),
-        exact=record.exact and not lossy,
-        nbytes=contents.nbytes,
-    )

@@ -12,22 +12,32 @@ import numpy as np
 import numpy.typing as npt
 
 from tallstore.bits import pack_bits, unpack_bits
+from tallstore.codecs import SPARSE as SPARSE_CODEC
 from tallstore.codecs import Bytes
+from tallstore.codecs.sparse import Touched, touched_of_planes
 from tallstore.codes import (
     MAX_BITS,
+    SEEDED,
+    SPARSE,
     ArenaCode,
     SeededPiece,
-    seeded_capacity,
     seeded_pieces,
 )
 from tallstore.documents import TaskDocument
+from tallstore.engine.chunk import CheckedChunk
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.layout import Layout
 from tallstore.seeding import seeded_tensor, support
-from tallstore.spans import Take
+from tallstore.spans import Take, Touches
 
-__all__ = ["check_code_streams", "code_bits", "code_planes", "pack_values", "spread_values"]
+__all__ = [
+    "code_bits",
+    "code_planes",
+    "code_touches",
+    "pack_values",
+    "spread_values",
+]
 
 
 def code_bits(code: ArenaCode) -> int:
@@ -38,28 +48,6 @@ def code_bits(code: ArenaCode) -> int:
     if code.seeded is not None:
         bits.append(min(code.value_bits + 1, MAX_BITS))
     return max(bits, default=1)
-
-
-def check_code_streams(
-    snapshot: Snapshot, layout: Layout, task: TaskDocument, code: ArenaCode
-) -> None:
-    """The seeded stream must be as long as its values take: decoding counts on it.
-
-    Raises
-    ------
-    CorruptStoreError
-    """
-    if code.seeded is None:
-        return
-    stream = snapshot.stream(code.seeded)
-    capacity = seeded_capacity(layout, task.codings or {}, code.arena)
-    size = code.value_bits * capacity // 8
-    wanted = (size, size * layout.arenas[code.arena].spans)
-    if (stream.chunk_size, stream.raw) != wanted:
-        raise CorruptStoreError(
-            f"{snapshot.path}: stream {code.seeded} has {stream.raw} bytes in chunks of "
-            f"{stream.chunk_size}, its values take {wanted[1]} in chunks of {wanted[0]}"
-        )
 
 
 def code_planes(
@@ -117,6 +105,54 @@ def code_planes(
         for number, codes in enumerate(spread):
             out[number * plane : (number + 1) * plane] |= codes
     return out, bits
+
+
+def code_touches(
+    snapshot: Snapshot, layout: Layout, task: TaskDocument, code: ArenaCode, span: int
+) -> dict[str, Touches]:
+    """By form, the weights of a span that an arena's sparse and seeded codes touch.
+
+    Much less than `code_planes` where codes touch few weights.
+
+    Raises
+    ------
+    CorruptStoreError
+        A chunk is damaged, or is not what its stream says.
+    """
+    arena = layout.arenas[code.arena]
+    found: dict[str, Touches] = {}
+    if code.sparse is not None:
+        stream = snapshot.stream(code.sparse)
+        size = stream.raw_size(span)
+
+        def signs(chunk: CheckedChunk) -> Touches:
+            seen: Touched | None
+            if chunk.codec is SPARSE_CODEC:
+                seen = SPARSE_CODEC.touched(chunk.payload, 4 * size)
+            else:
+                planes = np.empty(size, np.uint8)
+                chunk.codec.decode(chunk.payload, planes, parameter=chunk.parameter)
+                seen = touched_of_planes(planes)
+            if seen is None:
+                raise CorruptStoreError("signs of one weight both ways")
+            return Touches(seen.positions, seen.minus + np.uint8(1))
+
+        found[SPARSE] = snapshot.use_chunk(stream, span, signs)
+    if code.seeded is not None:
+        stream = snapshot.stream(code.seeded)
+        values = np.empty(stream.raw_size(span), np.uint8)
+        snapshot.read_chunk(stream, span, values)
+        rows = values.reshape(code.value_bits, -1)
+        at, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
+        for seeded in seeded_pieces(layout, task.codings or {}, code.arena, span):
+            places = support(
+                seeded_tensor(seeded, seed=task.seed, arena_span=arena.span, span=span)
+            )
+            places += seeded.piece.within
+            at.append(places)
+            codes.append(_codes(rows, seeded) + np.uint8(1))
+        found[SEEDED] = Touches(np.concatenate(at), np.concatenate(codes))
+    return found
 
 
 def spread_values(

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from tallstore.advice import release_pages
 from tallstore.codecs import Bytes
 from tallstore.codes import ArenaCode
 
-__all__ = ["Run", "Span", "SpanKey", "Take"]
+__all__ = ["Run", "Span", "SpanKey", "Take", "Touches"]
 
 #: A span's name: (of the task's own arenas, arena, number).
 SpanKey = tuple[bool, int, int]
 #: Gives a buffer of so many bytes by its name.
 Take = Callable[[str, int], Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Touches:
+    """The weights of a span that codes touch."""
+
+    at: npt.NDArray[np.int64]
+    """Ascending."""
+    codes: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,8 @@ class Span:
     vector_dtype: str = "float32"
     residual: Bytes | None = None
     code_bits: int = 1
+    touched: Mapping[str, Touches] | None = None
+    """By form, the weights that sparse and seeded codes touch; None: they are among `planes`."""
     in_map: bool = False
     """Whether `base` is LMDB's own memory."""
 

@@ -183,8 +183,7 @@ class TallStore:
         """
         from tallstore.tensorbits import tensor_bits
 
-        held = self._held()
-        return tensor_bits(self.describe(task), lambda number: held.stream(number).stored)
+        return tensor_bits(self.describe(task), self.stream_bytes)
 
     def describe(self, task: str | None = None) -> Description:
         """The documents of the base, or of a task: every tensor, file and part."""
@@ -199,6 +198,10 @@ class TallStore:
         if task is not None:
             numbers -= set(self.base.streams)  # files that the task shares with the base
         return sum(self._held().stream(number).stored for number in numbers)
+
+    def stream_bytes(self, number: int) -> int:
+        """Bytes that a stream takes in the file; the documents of `describe` name them."""
+        return self._held().stream(number).stored
 
     def vector_bytes(self) -> int:
         """Bytes that the shared vector takes in the file."""

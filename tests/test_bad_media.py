@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same
-from test_bad_input import small_disk  # noqa: F401 - a fixture
 from zoo import child_environment, fine_tune, make_base, run_child
 
 import tallstore
@@ -26,7 +25,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
 
 @pytest.fixture
-def full_disk(small_disk: Path) -> Iterator[Path]:  # noqa: F811
+def full_disk(small_disk: Path) -> Iterator[Path]:
     """A store of a base and a task, on a file system that then was filled to the last byte."""
     path = small_disk / "zoo.tall"
     tallstore.save(make_base(), path)
@@ -87,7 +86,7 @@ for use in (
     assert os.listdir(full_disk.parent) == ["zoo.tall"]
 
 
-def test_how_much_room_a_save_takes(small_disk: Path) -> None:  # noqa: F811
+def test_how_much_room_a_save_takes(small_disk: Path) -> None:
     large = {"w": torch.randn(8 << 20, generator=torch.Generator().manual_seed(0))}
     with pytest.raises(StoreFullError) as caught:
         tallstore.save(large, small_disk / "new.tall")

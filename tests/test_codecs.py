@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore.codecs import CODECS, PLANES, RAW, SPARSE, ZSTD, Bytes, Codec, zstd
+from tallstore.codecs import CODECS, GUIDED, PLANES, RAW, SPARSE, ZSTD, Bytes, Codec, zstd
 from tallstore.errors import CorruptStoreError
 
 #: Every codec with every parameter it takes, and the bytes its data must be a multiple of.
@@ -19,6 +19,9 @@ VARIANTS: list[tuple[Codec, int, int]] = [
     (ZSTD, 0, 1),
     *((PLANES, size, size) for size in (1, 2, 4, 8)),
     (SPARSE, 0, 2),
+    (GUIDED, 1, 2),
+    (GUIDED, 2, 2),
+    (GUIDED, 3, 4),
 ]
 variants = pytest.mark.parametrize(
     ("codec", "parameter", "unit"), VARIANTS, ids=lambda v: getattr(v, "number", v)
@@ -28,7 +31,7 @@ variants = pytest.mark.parametrize(
 def check_codec(codec: Codec, data: Bytes, *, parameter: int) -> bytes | None:
     """Encode, hold the encoding to its contract, and decode; returns the payload."""
     before = data.copy()
-    payload = codec.encode(data, parameter=parameter, min_gain=0.05)
+    payload = codec.encode(data, parameter=parameter, min_gain=0.05, side=side_of(data))
     assert np.array_equal(data, before), "encode changed its input"
     if payload is None:
         assert codec is not RAW
@@ -37,12 +40,19 @@ def check_codec(codec: Codec, data: Bytes, *, parameter: int) -> bytes | None:
     if codec is not RAW:
         assert len(payload) <= (1 - 0.05) * data.size
     out = np.full(data.size, 0xA5, np.uint8)
-    codec.decode(memoryview(payload), out, parameter=parameter)
+    codec.decode(memoryview(payload), out, parameter=parameter, side=side_of(out))
     assert np.array_equal(out, data)
-    assert codec.encode(data, parameter=parameter, min_gain=0.05) == payload, (
+    assert codec.encode(data, parameter=parameter, min_gain=0.05, side=side_of(data)) == payload, (
         "encode is not deterministic"
     )
     return payload
+
+
+def side_of(data: Bytes) -> Bytes:
+    """What the reader has too: floats about 1."""
+    draw = np.random.default_rng(5)
+    words = draw.integers(0x3F00, 0x4000, -(-data.size // 2)).astype("<u2")
+    return words.view(np.uint8)[: data.size]
 
 
 def compressible(size: int, seed: int = 0) -> Bytes:
@@ -60,6 +70,7 @@ def test_every_codec_is_covered() -> None:
         1: "ZstdCodec",
         2: "PlanesCodec",
         3: "SparseCodec",
+        4: "GuidedCodec",
     }
 
 
@@ -138,7 +149,9 @@ def test_damage_raises_only_corrupt_store_error(
     codec: Codec, parameter: int, unit: int, data: st.DataObject
 ) -> None:
     size = 512 * unit
-    payload = bytearray(codec.encode(compressible(size), parameter=parameter, min_gain=0.05) or b"")
+    some = compressible(size)
+    encoded = codec.encode(some, parameter=parameter, min_gain=0.05, side=side_of(some))
+    payload = bytearray(encoded or b"")
     assert payload
     kind = data.draw(st.sampled_from(["flip", "cut", "extend", "replace"]))
     if kind == "flip":
@@ -153,7 +166,7 @@ def test_damage_raises_only_corrupt_store_error(
     out = np.zeros(size, np.uint8)
     # What still decodes is for the chunk's checksum to find.
     try:
-        codec.decode(memoryview(bytes(payload)), out, parameter=parameter)
+        codec.decode(memoryview(bytes(payload)), out, parameter=parameter, side=side_of(out))
     except CorruptStoreError as exc:
         assert str(exc)
     else:
@@ -163,11 +176,12 @@ def test_damage_raises_only_corrupt_store_error(
 @variants
 def test_another_size_is_refused(codec: Codec, parameter: int, unit: int) -> None:
     data = compressible(512 * unit)
-    payload = codec.encode(data, parameter=parameter, min_gain=0.05)
+    payload = codec.encode(data, parameter=parameter, min_gain=0.05, side=side_of(data))
     assert payload is not None
     for size in (0, data.size - unit, data.size + unit):
         with pytest.raises(CorruptStoreError):
-            codec.decode(memoryview(payload), np.empty(size, np.uint8), parameter=parameter)
+            out = np.empty(size, np.uint8)
+            codec.decode(memoryview(payload), out, parameter=parameter, side=side_of(out))
 
 
 def test_planes_refuse_words_that_do_not_exist() -> None:

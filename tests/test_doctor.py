@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from cli_helpers import ok, ok_json
 from cli_helpers import run as cli
-from test_bad_input import rewrite
+from stored import rewrite
 from zoo import ROOT, child_environment, fine_tune, make_base, run_child
 
 import tallstore

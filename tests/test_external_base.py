@@ -16,7 +16,7 @@ import torch
 from cli_helpers import ok, ok_json, refused, run
 from helpers import assert_same
 from safetensors.torch import load_file, save_file
-from test_bad_input import damaged, rewrite_body, values
+from stored import damaged, rewrite_body, values
 from zoo import State, bits, fine_tune, make_base, run_child
 
 import tallstore
@@ -83,7 +83,7 @@ def identity(path: Path) -> str:
 
 def test_what_is_stored(stores: Stores) -> None:
     with tallstore.open(stores.path) as store, tallstore.open(stores.base_path) as there:
-        assert store.format_version == 2 and there.format_version == 1
+        assert store.format_version == there.format_version == 2
         assert store.external_base == stores.base_path and there.external_base is None
         assert store.base.external == "base.tall" and there.base.external is None
         assert store.base.identity == there.base.identity
@@ -164,7 +164,7 @@ def test_files_are_kept_here_and_shared(tmp_path: Path) -> None:
     state = make_base()
     save_file(state, base / "model.safetensors")
     (base / "config.json").write_text("{}")
-    (base / "tokenizer.json").write_bytes(os.urandom(50_000))
+    (base / "tokenizer.json").write_bytes(os.urandom(200_000))
     for name in ("one", "two"):
         shutil.copytree(base, tmp_path / name)
         save_file(fine_tune(state, len(name)), tmp_path / name / "model.safetensors")
@@ -174,8 +174,8 @@ def test_files_are_kept_here_and_shared(tmp_path: Path) -> None:
         path, None, {"two": tmp_path / "two"}, exact=True, external_base=tmp_path / "base.tall"
     )
     with tallstore.open(path) as store:
-        assert store.base.streams and store.stored_bytes() > 50_000
-        assert store.file_bytes()[1] < 120_000, "the tokenizer is there twice"
+        assert store.base.streams and store.stored_bytes() > 200_000
+        assert store.file_bytes()[1] < 350_000, "the tokenizer is there twice"
         store.unpack(None, tmp_path / "again")
         store.unpack("two", tmp_path / "two again")
     for made, original in (("again", "base"), ("two again", "two")):
@@ -504,8 +504,8 @@ def test_verify_tells_whom_damage_concerns(stores: Stores) -> None:
         there = store.describe().base.streams[0]
     with tallstore.open(stores.path) as store:
         document = store.describe("one").task
-        assert document is not None and document.codes[0].planes is not None
-        planes = document.codes[0].planes
+        assert document is not None
+        planes, exact = document.codes[0].planes, document.codes[0].exact
         floats = [t.name for t in store.tensors("one") if t.dtype == "float32"]
         own = [t.name for t in store.tensors("two") if t.name == "head.weight"]
     whole = stores.base_path.read_bytes()
@@ -518,12 +518,18 @@ def test_verify_tells_whom_damage_concerns(stores: Stores) -> None:
     assert set(found.tasks["one"].tensors) == set(floats)
     assert own and set(found.tasks["two"].tensors) == set(floats) - set(own)
     stores.base_path.write_bytes(whole)
-    value = values(stores.path)[chunk_key(planes, 0)]
-    stores.path.write_bytes(damaged(stores.path.read_bytes(), value, 60, 3))
-    with tallstore.open(stores.path) as store:
-        found = store.verify()
-    assert set(found.tasks) == {"one"} and found.base is None
-    assert found.tasks["one"].roles == {"planes"}
+    whole = stores.path.read_bytes()
+    for stream, roles in ((exact, {"residual"}), (planes, set())):
+        assert stream is not None
+        value = values(stores.path)[chunk_key(stream, 0)]
+        stores.path.write_bytes(damaged(whole, value, 60, 3))
+        with tallstore.open(stores.path) as store:
+            found = store.verify()
+        assert [problem.owners for problem in found.problems] == [("task 'one'",)]
+        assert found.base is None
+        # The exact tier does without the mask: the task loads.
+        assert {n: d.roles for n, d in found.tasks.items()} == ({"one": roles} if roles else {})
+        stores.path.write_bytes(whole)
 
 
 def test_repairing(stores: Stores, tmp_path: Path) -> None:

@@ -92,3 +92,16 @@ def test_what_the_shim_records(driver: Driver) -> None:
     assert events[renamed + 1].kind == "s" and events[renamed + 1].path == str(
         made.parent.resolve()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("pack new", "quota"), ("save over", "read-only"), ("pack over", "quota")]
+)
+def test_failures_around_a_commit_are_told_as_what_they_are(
+    driver: Driver, name: str, fault: str
+) -> None:
+    """Found by bench.failures: a bare OSError, and LMDB's "an earlier write failed"."""
+    run = failures.Failures(driver)
+    for number in range(18, min(44, run.calls(name, fault) + 1), 2 if name == "pack over" else 1):
+        run.at(name, fault, number)
+    assert not run.failures

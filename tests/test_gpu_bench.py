@@ -12,7 +12,7 @@ from zoo import ROOT
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("module", ["kernels", "loading"])
+@pytest.mark.parametrize("module", ["kernels", "loading", "serving"])
 def test_they_run(module: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from helpers import assert_same
 
 import tallstore
+from tallstore.engine.readers import readers
 from tallstore.errors import MismatchError, OptionError
+from tallstore.repairing import repair_store
 
 BASE = {"w": torch.arange(99.0)}
 TASK = {"w": torch.arange(99.0) + torch.sin(torch.arange(99.0))}
@@ -86,3 +89,34 @@ def test_a_path_may_hold_two_colons(tmp_path: Path) -> None:
     tallstore.pack(path, BASE, {"t": TASK}, exact=True)
     tallstore.pack(tmp_path / "c.tall", path, {"t": f"{path}::t"}, exact=True)
     assert_same(tallstore.load(tmp_path / "c.tall", task="t"), TASK)
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """LMDB cannot take it; checkpoints, which have no need of LMDB, may lie there."""
+    good = tmp_path / "good.tall"
+    tallstore.pack(good, BASE, {"a": TASK}, exact=True)
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    strange.mkdir()
+    with tallstore.open(good) as store:
+        store.unpack("a", strange / "a.safetensors")
+    tallstore.add(good, {"b": strange / "a.safetensors"})
+    assert_same(tallstore.load(good, task="b"), TASK)
+    there = strange / "moved.tall"
+    shutil.copyfile(good, there)
+    before = set(strange.iterdir())
+    for use in (
+        lambda: tallstore.load(there),
+        lambda: tallstore.open(there, "a"),
+        lambda: tallstore.save(BASE, there, task="new"),
+        lambda: tallstore.save(BASE, strange / "new.tall"),
+        lambda: tallstore.pack(strange / "new.tall", BASE, {"a": TASK}),
+        lambda: tallstore.pack(tmp_path / "new.tall", None, {"a": TASK}, external_base=there),
+        lambda: tallstore.compact(there),
+        lambda: repair_store(good, out=strange / "new.tall"),
+        lambda: readers(there),
+    ):
+        with pytest.raises(OptionError, match=r"\\xff.*: no UTF-8.*rename") as caught:
+            use()
+        assert str(caught.value).isprintable()
+    assert set(strange.iterdir()) == before, "litter"
+    assert {path.name for path in tmp_path.iterdir() if path != strange} == {"good.tall"}

@@ -444,7 +444,7 @@ def tall_case(*dtypes: torch.dtype, sums: bool) -> Case:
         kernel="tall_kernel",
         types=_TYPES | weights(*dtypes),
         constants=constants,
-        warps=2,
+        warps=1 if sums else 2,
         odd=("start", "stop"),
     )
 

@@ -17,10 +17,10 @@ from ptx import CUDA, Case, Compiled, compile_cases
 
 pytest.importorskip("triton")
 
-from tallstore.kernels import reference, sparse
+from tallstore.kernels import reference, sectors, sparse
 from tallstore.kernels import sparse_reference as plain
 from tallstore.kernels.sparse import Cut
-from tallstore.kernels.sparse_reference import BLOCK, GROUP, SparseCode
+from tallstore.kernels.sparse_reference import BLOCK, GROUP, UNTOUCHED, SparseCode
 
 CUTS = (Cut(groups=1, chunk=1024), Cut(groups=4, chunk=256, warps=2), Cut(groups=8, chunk=512))
 
@@ -177,31 +177,53 @@ def test_switching_equals_a_full_reconstruction(kind: str) -> None:
         assert same(out, dense(old, base, dtype)), (dtype, shape)
 
 
-def test_switching_writes_what_either_touches_and_nothing_else() -> None:
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_switching_writes_the_sectors_that_either_touches_and_nothing_else(
+    dtype: torch.dtype,
+) -> None:
     n = 5 * GROUP + 13
     old, new = (compact(draw_codes(n, 0.02, k, seed=k), k, seed=k) for k in (1, 3))
-    base, out = draw(n, torch.bfloat16), nans(n, torch.bfloat16)
+    base, out = draw(n, torch.bfloat16), nans(n, dtype)
     sparse.switch(old, new, base, out)
-    either = touched(old) | touched(new)
-    assert same(out[either], dense(new, base, torch.bfloat16)[either])
-    assert out[~either].isnan().all()
+    width = 32 // out.element_size()
+    either = torch.nn.functional.pad(touched(old) | touched(new), (0, -n % width))
+    written = either.view(-1, width).any(1).repeat_interleave(width)[:n]
+    assert same(out[written], dense(new, base, dtype)[written])
+    assert out[~written].isnan().all() and 0 < int(written.sum()) < n
+
+
+def test_switching_sectors_that_many_entries_share() -> None:
+    """As many as a sector holds, more than a chunk, in every place of it."""
+    n = 2 * GROUP + 5
+    for shape in (None, Cut(groups=2, chunk=16, warps=1)):
+        for every in (1, 3, 4, 5, 8):
+            codes = torch.zeros(n, dtype=torch.int64)
+            codes[every::32] = 1
+            for more in range(every):
+                codes[more::32] = 2 + more % 2
+            codes[GROUP : GROUP + 100] = 3
+            old, new = compact(codes.flip(0), 2, seed=3), compact(codes, 2, seed=4)
+            base = draw(n, torch.bfloat16)
+            out = dense(old, base, torch.bfloat16)
+            sparse.switch(old, new, base, out, shape=shape)
+            assert same(out, dense(new, base, torch.bfloat16)), (shape, every)
 
 
 def test_switching_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
-    kernel = sparse.touch_kernel
+    kernel = sectors.switch_kernel
 
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(sparse, "touch_kernel", Counted())
+    monkeypatch.setattr(sectors, "switch_kernel", Counted())
     n = 9 * GROUP
     old, new = (compact(draw_codes(n, 0.02, 2, seed=k), 2) for k in (1, 2))
     base, out = draw(n, torch.float32), draw(n, torch.float32)
     sparse.switch(old, new, base, out)
-    assert grids == [(2,)]
+    assert grids == [(9,)]
     empty = compact(torch.zeros(n, dtype=torch.int64), 2)
     sparse.switch(empty, empty, base, out)
     assert len(grids) == 1
@@ -257,13 +279,15 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
         entries[low:] = part.entries
         rows = vast(tmp_path / f"rows{k}", -(-n // BLOCK), torch.int32)
         rows[start // BLOCK :] = 1
+        other = part.table + 1
+        other[:, 0] = UNTOUCHED
         whole.append(
             replace(
                 part,
                 entries=entries,
                 starts=torch.cat([torch.full_like(part.starts, low)[:1].expand(start // GROUP),
                                   part.starts + low]),
-                table=torch.cat([part.table + 1, part.table]),
+                table=torch.cat([other, part.table]),
                 rows=rows,
                 weights=n,
             )
@@ -279,17 +303,17 @@ def test_past_the_31st_bit(tmp_path: Path) -> None:
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def case(dtype: torch.dtype, *, old: bool, new: bool, rows: bool, shape: Cut) -> Case:
+def case(dtype: torch.dtype, *, applying: bool, rows: bool, shape: Cut) -> Case:
     types = {
-        **dict.fromkeys(("old_entries", "new_entries"), "*i16"),
-        **dict.fromkeys(("old_starts", "new_starts"), "*i64"),
+        "entries": "*i16",
+        "starts": "*i64",
         **dict.fromkeys(("base", "out"), f"*{_NAMES[dtype]}"),
         **dict.fromkeys(("start", "stop"), "i64"),
         "rows": "*i32",
         "table": "*fp32",
     }
     constants = {
-        "LEVELS": 4 * new,
+        "LEVELS": 4 * applying,
         "ROWS": rows,
         "GROUPS": shape.groups,
         "GROUP": GROUP,
@@ -298,8 +322,7 @@ def case(dtype: torch.dtype, *, old: bool, new: bool, rows: bool, shape: Cut) ->
         "DTYPE": f"tl.{str(dtype).removeprefix('torch.')}",
         "SOFT": False,
     }
-    there = {"old_entries": old, "old_starts": old, "new_entries": new, "new_starts": new}
-    there |= {"rows": rows, "table": new}
+    there = {"rows": rows, "table": applying}
     constants |= {name: None for name, present in there.items() if not present}
     return Case(
         module="tallstore.kernels.sparse",
@@ -308,6 +331,21 @@ def case(dtype: torch.dtype, *, old: bool, new: bool, rows: bool, shape: Cut) ->
         constants=constants,
         warps=shape.warps,
         odd=("start", "stop"),
+    )
+
+
+def switching(dtype: torch.dtype, *, rows: bool, shape: Cut) -> Case:
+    one = case(dtype, applying=True, rows=rows, shape=shape)
+    types = {name: kind for name, kind in one.types.items() if name not in ("entries", "starts")}
+    for which in ("old", "new"):
+        types |= {f"{which}_entries": "*i16", f"{which}_starts": "*i64"}
+    return replace(
+        one,
+        module="tallstore.kernels.sectors",
+        kernel="switch_kernel",
+        types=types | {"weights": "i64"},
+        constants=one.constants | {"WIDTH": 32 // dtype.itemsize, "NEAR": 4},
+        odd=("start", "stop", "weights"),
     )
 
 
@@ -320,11 +358,18 @@ _EXPAND = Case(
     odd=("word_stride", "stop"),
 )  # fmt: skip
 CASES = [
-    case(torch.bfloat16, old=True, new=True, rows=True, shape=Cut(groups=8, chunk=1024)),
-    case(torch.float32, old=True, new=True, rows=True, shape=Cut(groups=1, chunk=1024)),
-    case(torch.float16, old=False, new=True, rows=False, shape=Cut(groups=8, chunk=256)),
-    case(torch.bfloat16, old=True, new=False, rows=False, shape=Cut(groups=4, chunk=1024)),
+    case(torch.bfloat16, applying=True, rows=True, shape=Cut(groups=8, chunk=1024)),
+    case(torch.float32, applying=True, rows=True, shape=Cut(groups=1, chunk=1024)),
+    case(torch.float16, applying=True, rows=False, shape=Cut(groups=8, chunk=256)),
+    case(torch.bfloat16, applying=False, rows=False, shape=Cut(groups=4, chunk=1024)),
     _EXPAND,
+]
+SWITCHES = [
+    switching(torch.bfloat16, rows=True, shape=Cut(groups=1, chunk=128, warps=2)),
+    replace(
+        switching(torch.float32, rows=False, shape=Cut(groups=1, chunk=128, warps=2)),
+        targets=("sm_90",),
+    ),
 ]
 
 
@@ -338,24 +383,33 @@ def test_for_every_architecture(compiled: list[list[Compiled]], number: int) -> 
     asked = CASES[number]
     constants = asked.constants
     rounds = constants["CHUNK"] // (32 * asked.warps)
-    passes = 2 - sum(f"{which}_entries" in constants for which in ("old", "new"))
-    if asked is _EXPAND:
-        passes = 1
     for built in compiled[number]:
         assert built.spills == 0, built.target
         assert not built.count(r"fma\.rn"), built.target
         # Nothing goes through shared memory: each thread has what it needs.
         assert not built.count(r"(ld|st)\.shared"), built.target
-        assert bool(built.count(r"bar\.sync")) == (passes == 2), built.target
+        assert not built.count(r"bar\.sync"), built.target
         if asked is _EXPAND:
             assert built.count(r"(red|atom)\.global\S*\.or\.b32") == rounds * constants["PLANES"]
             assert built.count(r"ld\.global\.b16") == rounds
             continue
         size = 32 if constants["DTYPE"] == "tl.float32" else 16
-        assert built.count(rf"st\.global\.b{size}") == rounds * passes, built.target
-        loads = rounds * passes * (2 if size == 16 else 1)
+        assert built.count(rf"st\.global\.b{size}") == rounds, built.target
+        loads = rounds * (2 if size == 16 else 1)
         assert built.count(r"ld\.global\.b16") == loads, built.target
     assert [built.target for built in compiled[number]] == list(CUDA)
+
+
+def test_sectors_for_every_architecture() -> None:
+    for asked, every in zip(SWITCHES, compile_cases(SWITCHES), strict=True):
+        # Two threads a sector, 16 bytes each; restored and applied.
+        rounds = 2 * asked.constants["CHUNK"] * 2 // (32 * asked.warps)
+        for built in every:
+            assert built.spills == 0, built.target
+            assert not built.count(r"fma\.rn"), built.target
+            assert built.count(r"ld\.global\.v4\.b32") >= rounds, built.target
+            assert built.count(r"st\.global\.v4\.b32") >= rounds, built.target
+        assert [built.target for built in every] == list(asked.targets)
 
 
 def test_neighbouring_threads_take_neighbouring_entries(

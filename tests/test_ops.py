@@ -64,6 +64,25 @@ def test_every_backend_gives_the_same_bits(
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_than_a_step_on_the_cpu(count: int, dtype: torch.dtype) -> None:
+    n = 3 * (1 << 16) + 77
+    base, step = draw(n, dtype, 1), draw(n, dtype, 2)
+    planes = draw_planes(count, n + 800, 3)[:, 100:]
+    table = draw(1 << count, torch.float32, 4).tolist()
+    for vector in (step, None):
+        for into in (torch.float32, torch.bfloat16, torch.float16):
+            out, wanted = torch.empty(n, dtype=into), torch.empty(n, dtype=into)
+            reconstruct(base, planes, vector, table, out)
+            reconstruct(base, planes, vector, table, wanted, backend="reference")
+            assert bits(out) == bits(wanted)
+    held = base.clone()
+    reconstruct(held, planes, step, table, held)
+    reconstruct(base, planes, step, table, base, backend="reference")
+    assert bits(held) == bits(base)
+
+
 def test_a_tall_mask_in_place() -> None:
     base, vector, planes = draw(3000, torch.bfloat16, 1), draw(3000, torch.bfloat16, 2), None
     planes = draw_planes(1, 3000, 3)
@@ -232,7 +251,6 @@ def test_weights_take_no_room_of_their_own() -> None:
 
 def test_none_is_no_weight() -> None:
     for backend, count in itertools.product((None, "reference", FAST), (0, 1)):
-        planes = torch.zeros(1, 0, dtype=torch.uint8) if count else None
-        reconstruct(
-            torch.ones(0), planes, None, (1.0,) * (1 << count), torch.ones(0), backend=backend
-        )
+        planes = torch.zeros(1, 0, dtype=torch.uint8, device=DEVICE) if count else None
+        none = torch.ones(0, device=DEVICE)
+        reconstruct(none, planes, None, (1.0,) * (1 << count), none.clone(), backend=backend)

@@ -57,7 +57,7 @@ def test_a_switch_is_a_full_reconstruction(
     planes = [draw_planes(2, n, seed + i, density) for i, density in enumerate(densities)]
     wanted = torch.empty(n, dtype=dtypes[1])
     ops.reconstruct(base, planes[1], None, LEVELS, wanted, rows=rows)
-    for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
+    for backend, device in (("reference", "cpu"), ("cpu", "cpu"), ("triton", DEVICE)):
         old, new = (
             ops.compress_planes(p.to(device), n, LEVELS.to(device), rows=rows.to(device))
             for p in planes
@@ -97,7 +97,7 @@ def test_from_seeded_to_sparse_and_back(count: int) -> None:
     assert ops.density(code) == sum(-(-numel // 7) for numel in numels) / n
     base = draw(n, torch.bfloat16, 1)
     sparse = ops.compress_planes(draw_planes(2, n, 2, 0.02), n, LEVELS)
-    for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
+    for backend, device in (("reference", "cpu"), ("cpu", "cpu"), ("triton", DEVICE)):
         there = base.to(device)
         a, b = code.to(device), sparse.to(device)
         wanted = {}
@@ -254,7 +254,7 @@ def test_counts_refuse_what_does_not_fit() -> None:
         (OptionError, lambda: ops.at_least(masks, -1, 128), "k=-1"),
         (
             OptionError,
-            lambda: ops.at_least(masks[:1].expand(65, -1), 1, 128, backend="triton"),
+            lambda: ops.at_least(masks[:1].to(DEVICE).expand(65, -1), 1, 128, backend="triton"),
             "65 masks; 64 can be counted",
         ),
     ]

@@ -22,6 +22,7 @@ from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.engine.freepages import check_free_pages, check_runs
 from tallstore.engine.tree import Tree, walk
 from tallstore.errors import CorruptStoreError, NotAStoreError, TallstoreError, TruncatedStoreError
+from tallstore.repairing import repair_store
 
 PAGE = 4096
 
@@ -195,6 +196,7 @@ def test_every_field_of_a_meta_page(deep: Path) -> None:
             (meta + 4, b"\2", CorruptStoreError),
             (meta + 25, b"\x20", CorruptStoreError),  # page size
             (meta + 28, b"\0", CorruptStoreError),  # flags of the list of free pages
+            (meta + 73, b"\x10", CorruptStoreError),  # key size of the tree
             (meta + 76, b"\4", CorruptStoreError),  # flags of the tree
             (meta + 78, b"\0\0", CorruptStoreError),  # depth
             (meta + 78, b"\2" if newest else b"\0", CorruptStoreError),
@@ -285,6 +287,43 @@ def test_no_write_goes_by_a_list_of_free_pages_that_names_pages_in_use(used: Pat
         assert "the list of free pages" in found.problems[0].message
         for name in store.tasks:
             store.load(name)
+
+
+def first_free(path: Path) -> tuple[int, list[int]]:
+    """Where the oldest record of the list of free pages is, and the pages that it names."""
+    leaf = look(path)[0].free.root * PAGE
+    record = leaf + word(path, leaf + 16) + 16
+    data = path.read_bytes()
+    (count,) = struct.unpack_from("<Q", data, record)
+    return record, list(struct.unpack_from(f"<{count}Q", data, record + 8))
+
+
+def test_no_write_goes_by_a_list_of_free_pages_of_another_size(used: Path) -> None:
+    newest = look(used)[0].transaction % 2 * PAGE
+    leaves = newest + 16 + 40
+    (count,) = struct.unpack_from("<Q", used.read_bytes(), leaves)
+    patch(used, leaves, struct.pack("<Q", count + 1))  # LMDB's copy counts with it
+    writes(used)
+    patch(used, leaves, struct.pack("<Q", count))
+    record, numbers = first_free(used)
+    patch(used, record, struct.pack("<Q", len(numbers) - 1))  # LMDB refuses to write
+    writes(used)
+
+
+def test_pages_neither_used_nor_free_are_told_before_lmdb_copies(used: Path) -> None:
+    """As found by bench.mutations: LMDB's copy gives up then, and says nothing about it."""
+    record, numbers = first_free(used)
+    patch(used, record - 16, struct.pack("<H", 8 * len(numbers)))
+    patch(used, record, struct.pack(f"<{len(numbers)}Q", len(numbers) - 1, *numbers[:-1]))
+    before = used.read_bytes()
+    with pytest.raises(CorruptStoreError, match=r"1 of \d+ pages are neither.*verify --repair"):
+        tallstore.compact(used)
+    assert used.read_bytes() == before
+    tallstore.save(make_base(), used, task="new")
+    with tallstore.open(used) as store:
+        assert store.verify().ok
+    assert repair_store(used).ok
+    tallstore.compact(used)
 
 
 def test_no_write_goes_by_a_damaged_header_of_a_run(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.faults.operations import OPERATIONS, prepare
+from bench.faults.operations import OPERATIONS
 from bench.faults.shim import build
+from bench.faults.template import prepare
 
 __all__ = ["Driver", "Outcome"]
 

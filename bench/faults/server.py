@@ -6,6 +6,7 @@ threads when it forks, and never opens a store itself.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -18,15 +19,17 @@ from typing import Any, Final
 
 import torch
 
-from bench.faults.operations import OPERATIONS, check, make_template
+from bench.faults.checks import check
+from bench.faults.operations import OPERATIONS
 from bench.faults.shim import Shim
+from bench.faults.template import make_template
 from tallstore.engine import newfile, session
 from tallstore.errors import TallstoreError
 
 __all__ = ["main"]
 
 #: Seconds after which a child counts as hanging.
-_PATIENCE: Final = 120.0
+_PATIENCE: Final = 120
 
 
 def _kill_at_step(step: str, occurrence: int) -> None:
@@ -55,7 +58,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     place, name = Path(request["place"]), request["operation"]
     if request["do"] == "template":
         make_template(place)
-        return {}
+        return {"modules": [name for name in sys.modules if name.startswith("tallstore.")]}
     if request["do"] == "check":
         template = Path(request["template"])
         return {"new": check(place, template, name, finished=request["finished"])}
@@ -76,6 +79,11 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     finally:
         shim.disarm()
     return {"seconds": time.perf_counter() - started, "count": shim.count}
+
+
+def _readable(descriptor: int) -> bool:
+    """Wait for it, in ticks: while this process is stopped, none pass."""
+    return any(select.select([descriptor], [], [], 1.0)[0] for _ in range(_PATIENCE))
 
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
             os.read(ready, 1)
             time.sleep(request["delay"])
             os.kill(child, signal.SIGKILL)
-        hanging = not select.select([reader], [], [], _PATIENCE)[0]
+        hanging = not _readable(reader)
         if hanging:
             os.kill(child, signal.SIGKILL)
         answer = b""
@@ -119,8 +127,13 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer until there are no more requests."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
-        print(json.dumps(_serve(json.loads(line))), flush=True)
+        answer = _serve(json.loads(line))
+        # What the template needed, later children have: else they would mostly be killed importing.
+        for module in answer.pop("modules", ()):
+            importlib.import_module(module)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

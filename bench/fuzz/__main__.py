@@ -9,6 +9,7 @@ bench/results/fuzz.json. Exit code 1 if anything was found.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -72,7 +73,8 @@ def _mutated_json(data: bytes, draw: random.Random) -> bytes | None:
         (here, key), (there, other) = draw.choice(places), draw.choice(places)
         action = draw.randrange(6)
         if action == 0:
-            here[key] = draw.choice(_NASTY)
+            # A copy: a later change must not change what it was drawn from, nor tie it in a knot.
+            here[key] = copy.deepcopy(draw.choice(_NASTY))
         elif action == 1:
             here[key] = json.loads(json.dumps(there[other]))
         elif action == 2 and type(here[key]) is int:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save
 
 import tallstore
-from bench.fuzz.targets import BASE
-from tallstore.codecs import CODECS
+from bench.fuzz.targets import BASE, coded_store, side_of
+from tallstore.codecs import CODECS, GUIDED, PLANES, SPARSE
 from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
+from tallstore.engine.snapshot import Snapshot
 from tallstore.store import open_snapshot
 
 __all__ = ["seeds"]
@@ -40,6 +41,30 @@ _TREES = (
 )
 
 
+def _document(snapshot: Snapshot, number: int) -> bytes:
+    stream = snapshot.stream(number)
+    data = np.empty(stream.raw, np.uint8)
+    snapshot.read(stream, 0, data)
+    return data.tobytes()
+
+
+def _documents(snapshot: Snapshot) -> list[bytes]:
+    tasks = dict(snapshot.manifest.body)["tasks"].values()
+    return [_document(snapshot, task["document"]) for task in tasks]
+
+
+def _codes(folder: Path) -> list[bytes]:
+    """A task's document for each code."""
+    found = []
+    for code in ("signs", "seeded", "levels"):
+        path = folder / f"{code}.tall"
+        tallstore.pack(path, _state(0), {"x": _state(1)}, code=code, exact=code != "levels")
+        snapshot = open_snapshot(path)
+        found += _documents(snapshot)
+        snapshot.close()
+    return found
+
+
 def _stores(folder: Path) -> dict[str, list[bytes]]:
     path = folder / "z.tall"
     tallstore.pack(path, _state(0), {"x": _state(1), "y": _state(2)}, exact=True)
@@ -49,14 +74,8 @@ def _stores(folder: Path) -> dict[str, list[bytes]]:
     manifest = snapshot.manifest
     body = dict(manifest.body)
 
-    def document(number: int) -> bytes:
-        stream = snapshot.stream(number)
-        data = np.empty(stream.raw, np.uint8)
-        snapshot.read(stream, 0, data)
-        return data.tobytes()
-
-    found["task-document"] = [document(task["document"]) for task in body["tasks"].values()]
-    found["base-document"] = [BASE, document(body["base"]["document"])]
+    found["task-document"] = _documents(snapshot)
+    found["base-document"] = [BASE, _document(snapshot, body["base"]["document"])]
     record = {
         "generation": manifest.generation,
         "next_stream": manifest.next_stream,
@@ -69,20 +88,28 @@ def _stores(folder: Path) -> dict[str, list[bytes]]:
     with tallstore.open(path, "a") as store:
         store.remove("x")
     found["pages"].append(path.read_bytes())
+    found["task-document"] += _codes(folder)
+    found["decoding"] = _documents(coded_store()[0])
     return found
 
 
 def _chunks() -> dict[str, list[bytes]]:
-    data = np.arange(3000, dtype=np.uint32).view(np.uint8)
+    words = np.arange(3000, dtype=np.uint32).view(np.uint8)
+    signs = np.zeros((2, 6000), np.uint8)
+    signs[0, ::7], signs[1, 5::490] = 4, 64
+    moved = (np.arange(3000, dtype=np.uint32) % 977 * 5).view(np.uint8)
     chunks, payloads = [], []
     for number, codec in CODECS.items():
+        data = {SPARSE.number: signs.ravel(), GUIDED.number: moved}.get(number, words)
         buffer = ChunkBuffer.of(data.size)
         np.copyto(buffer.data, data)
-        encoding = Encoding(codec, 4 if number == 2 else 0, 0.0)
+        parameter = {PLANES.number: 4, GUIDED.number: 3}.get(number, 0)
+        encoding = Encoding(codec, parameter, 0.0, side_of(data.size))
         value = bytes(seal_chunk(buffer, store=bytes(16), key=bytes(12), encoding=encoding))
+        assert value[4] == number, "it gained nothing"
         size = data.size.to_bytes(3, "little")
         chunks.append(b"\1" + size + value)
-        payloads.append(bytes([number, 4]) + size + value[48:])
+        payloads.append(bytes([number, value[5]]) + size + value[48:])
     return {"chunk": chunks, "codecs": payloads}
 
 

@@ -1,14 +1,17 @@
 """What is fuzzed: each target takes any bytes, and may only refuse them with a TallstoreError.
 
-Shared by the coverage-guided runs (`python -m bench.fuzz`) and by the regression test that plays
-back every input that was ever found to do harm (tests/attacks).
+Shared by the coverage-guided runs (`python -m bench.fuzz`) and by tests/test_fuzz.py, a handful
+of the same.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +20,20 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+import tallstore
 from tallstore import strictjson
 from tallstore.catalog import Catalog
-from tallstore.codecs import CODECS
+from tallstore.codecs import CODECS, Bytes
+from tallstore.codes import MAX_BITS, level_rows, seeded_capacity
+from tallstore.decoding import Decoder
+from tallstore.describing import read_base
 from tallstore.documents import MAX_DOCUMENT, BaseDocument, TaskDocument
 from tallstore.engine.chunk import ChunkBuffer, Encoding, check_chunk, seal_chunk
 from tallstore.engine.datafile import check_data_file
 from tallstore.engine.freepages import check_free_pages, check_runs
 from tallstore.engine.keys import MANIFEST_KEY
 from tallstore.engine.manifest import Manifest
+from tallstore.engine.snapshot import Snapshot
 from tallstore.engine.tree import walk
 from tallstore.errors import TallstoreError
 from tallstore.objects import assemble, build_tensor
@@ -33,8 +41,9 @@ from tallstore.sources.reading import ReadOnlyFile
 from tallstore.sources.safetensors_format import parse_header
 from tallstore.sources.shard_index import read_index
 from tallstore.sources.torch_file import TorchFile
+from tallstore.store import open_snapshot
 
-__all__ = ["BASE", "JSON_TARGETS", "TARGETS", "play"]
+__all__ = ["BASE", "JSON_TARGETS", "TARGETS", "coded_store", "play", "side_of"]
 
 #: A base that fuzzed tasks refer to.
 BASE: Final = (
@@ -47,9 +56,16 @@ _MEMORY: Final = 4096
 _MAX_OUT: Final = 1 << 20
 
 
+def side_of(size: int) -> Bytes:
+    """What a codec may be given beside the payload: the bytes of some numbers."""
+    words = np.random.default_rng(0).normal(0.0, 0.1, 4096).astype("<f4")
+    return np.resize(words.view(np.uint8), size)
+
+
 def _manifest(data: bytes) -> None:
     """A manifest whose checksum fits: what is left is its text."""
-    prefix = b"TALLSTOR" + (1).to_bytes(4, "little") + bytes(4) + bytes(16)
+    version = 2 if b'"requires"' in data else 1
+    prefix = b"TALLSTOR" + version.to_bytes(4, "little") + bytes(4) + bytes(16)
     buffer = ChunkBuffer.of(len(data))
     np.copyto(buffer.data, np.frombuffer(data, np.uint8))
     chunk = seal_chunk(buffer, store=prefix, key=MANIFEST_KEY, encoding=Encoding())
@@ -68,8 +84,13 @@ def _base(data: bytes) -> None:
 
 def _task(data: bytes) -> None:
     base = BaseDocument.from_bytes(BASE, what="base")
-    document = TaskDocument.from_bytes(data, base=base, what="fuzz")
+    plain = b'"codings"' not in data
+    document = TaskDocument.from_bytes(data, base=base, plain=plain, what="fuzz")
     _build(document)
+    rows = level_rows(document.codings or {}, MAX_BITS)[1]
+    assert all(len(row) == 1 << MAX_BITS for row in rows)
+    for code in document.codes if document.codings else ():
+        assert seeded_capacity(base.layout, document.codings, code.arena) <= 1 << 30
 
 
 def _build(document: BaseDocument | TaskDocument) -> None:
@@ -80,6 +101,39 @@ def _build(document: BaseDocument | TaskDocument) -> None:
         size = min(contents.segments[tensor.segment].nbytes, _MEMORY)
         built.append(build_tensor(tensor, torch.zeros(size, dtype=torch.uint8)))
     assemble(contents.tree, built)
+
+
+@functools.cache
+def coded_store() -> tuple[Snapshot, Catalog, BaseDocument]:
+    """A store of one task for each kind of code, for documents to refer to its streams."""
+    folder = Path(tempfile.mkdtemp(prefix="tallstore-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    draw = torch.Generator().manual_seed(5)
+    shapes = {"a": (70, 60), "b": (1300,), "c": (7,)}
+    base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    tuned = {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in base.items()}
+    path = folder / "coded.tall"
+    tallstore.pack(path, base, {"x": tuned}, code="auto", bits_per_weight=1.5, exact=True)
+    tallstore.save({**tuned, "own": torch.arange(3)}, path, task="y")
+    snapshot = open_snapshot(path)
+    catalog = Catalog.from_json(snapshot.manifest.body, what="fuzz")
+    return snapshot, catalog, read_base(snapshot, catalog)
+
+
+def _decode(data: bytes) -> None:
+    """A task's document over streams that do not fit it, decoded with and without exact tier."""
+    snapshot, catalog, base = coded_store()
+    plain = b'"codings"' not in data
+    document = TaskDocument.from_bytes(data, base=base, plain=plain, what="fuzz")
+    if document.contents.nbytes > _MAX_OUT:
+        return
+    for exact in (True, False):
+        decoder = Decoder(snapshot, base, task=document, vector=catalog.vector, exact=exact)
+        for key in decoder.spans(range(len(document.contents.segments))):
+            span = decoder.load(key)
+            runs = [(r, np.empty(r.count * decoder.width(r), np.uint8)) for r in decoder.runs(key)]
+            decoder.decode(span, key, runs)
+            span.release()
 
 
 def _json(data: bytes) -> None:
@@ -100,7 +154,8 @@ def _chunk(data: bytes) -> None:
         state.update(bytes(value[48:]))
         value[32:48] = state.digest()
     chunk = check_chunk(memoryview(bytes(value)), store=bytes(16), key=bytes(12), what="fuzz")
-    chunk.decode(np.empty(min(out_size, _MAX_OUT), np.uint8), what="fuzz")
+    out = np.empty(min(out_size, _MAX_OUT), np.uint8)
+    chunk.decode(out, what="fuzz", side=side_of(out.size))
 
 
 def _codecs(data: bytes) -> None:
@@ -108,7 +163,7 @@ def _codecs(data: bytes) -> None:
         return
     codec = CODECS[data[0] % len(CODECS)]
     out = np.empty(int.from_bytes(data[2:5], "little") % _MAX_OUT, np.uint8)
-    codec.decode(memoryview(data)[5:], out, parameter=data[1])
+    codec.decode(memoryview(data)[5:], out, parameter=data[1], side=side_of(out.size))
 
 
 def _objects(data: bytes) -> None:
@@ -176,6 +231,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "manifest": _manifest,
     "base-document": _base,
     "task-document": _task,
+    "decoding": _decode,
     "strict-json": _json,
     "chunk": _chunk,
     "codecs": _codecs,
@@ -187,7 +243,10 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
 }
 #: Those whose input is JSON, and is mutated as such too.
 JSON_TARGETS: Final = frozenset(
-    {"manifest", "base-document", "task-document", "strict-json", "objects", "shard-index"}
+    {
+        *("manifest", "base-document", "task-document", "decoding"),
+        *("strict-json", "objects", "shard-index"),
+    }
 )
 
 

@@ -2,8 +2,9 @@
 
 ``python -m bench.gpu.kernels [--results DIR] [--try]``. Bandwidth counts every byte in and out
 once; a copy reads and writes. Inputs are random and larger than the L2. What is timed is checked
-against the reference first, at both ends of the arena; a part that fails ends there, and the others
-go on.
+against the reference first, at both ends of the arena; what differs is named, and fails the run in
+the end. On a GPU, ``--try`` compiles what the benchmark runs: several at a time, before it, save
+minutes.
 """
 
 from __future__ import annotations
@@ -19,94 +20,11 @@ from typing import Any
 import torch
 
 from bench.gpu.clock import Clock
+from bench.gpu.measuring import BLOCK, Bench, ends, same, short
+from bench.gpu.shapes import draw_sparse, shapes
 from bench.rows import write
 
 _MODEL_7B = 6_738_415_616
-_BLOCK = 1024
-
-
-class Bench:
-    """The rows of one run."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.device = clock.device
-        self.rows: list[dict[str, Any]] = []
-
-    def sizes(self, *powers: int) -> list[int]:
-        """Numbers of weights; small ones where the benchmark is only tried."""
-        return [5 * _BLOCK + 8] if self.clock.trying else [1 << power for power in powers]
-
-    def floats(self, n: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """Normal numbers, made without a second copy of them."""
-        return torch.empty(n, dtype=dtype, device=self.device).normal_(0, scale)
-
-    def bits(self, *size: int) -> torch.Tensor:
-        """Random bytes."""
-        made = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return made.random_(0, 256)
-
-    def compare(
-        self,
-        what: str,
-        runs: dict[str, Callable[[], object]],
-        moved: int,
-        *,
-        copied: int,
-        **more: Any,
-    ) -> dict[str, float]:
-        """Time `runs`, "copy" among them; bandwidth of each of the others over the copy's.
-
-        Parameters
-        ----------
-        moved
-            Bytes in and out of each but the copy.
-        copied
-            Bytes that the copy reads and writes.
-        """
-        times = self.clock.by_turns(runs, repeats=more.pop("repeats", 21))
-        copy = copied / times["copy"].p50
-        shares = {}
-        for name, time in times.items():
-            speed = (copied if name == "copy" else moved) / time.p50
-            shares[name] = speed / copy
-            self.rows.append(
-                {
-                    "what": what,
-                    "who": name,
-                    **more,
-                    **time.to_json(),
-                    "bytes": copied if name == "copy" else moved,
-                    "gb_per_s": speed / 1e6,
-                    "of_copy_bandwidth": speed / copy,
-                }
-            )
-            if name != "copy" and not self.clock.trying:
-                extra = " ".join(f"{k}={v}" for k, v in more.items())
-                print(
-                    f"{what:<14} {name:<12} {extra:<58} {time.p50:9.3f} ms "
-                    f"{speed / 1e6:7.0f} GB/s {speed / copy:6.1%} of copy",
-                    flush=True,
-                )
-        return shares
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _ends(n: int) -> list[slice]:
-    some = min(n, 1 << 20)
-    return [slice(0, some), slice((n - some) // _BLOCK * _BLOCK, n)]
-
-
-def _require(truth: bool, what: str) -> None:
-    if not truth:
-        raise ValueError(f"{what} differs from the reference")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def reconstruction(bench: Bench) -> None:
@@ -128,24 +46,24 @@ def _reconstruction(bench: Bench, n: int, dtype: torch.dtype, count: int) -> Non
     planes = bench.bits(count, -(-n // 8))
     tensors = 291
     table = bench.floats(tensors << count, torch.float32).view(tensors, -1)
-    rows = torch.arange(-(-n // _BLOCK), device=bench.device) * tensors // -(-n // _BLOCK)
+    rows = torch.arange(-(-n // BLOCK), device=bench.device) * tensors // -(-n // BLOCK)
     rows = rows.to(torch.int32)
 
     def ours() -> None:
         reconstruct(base, planes, vector, table, out, rows=rows)
 
     ours()
-    for some in _ends(n):
-        chosen = rows[some.start // _BLOCK : -(-some.stop // _BLOCK)]
-        each = chosen.long().repeat_interleave(_BLOCK)[: some.stop - some.start]
+    for some in ends(n):
+        chosen = rows[some.start // BLOCK : -(-some.stop // BLOCK)]
+        each = chosen.long().repeat_interleave(BLOCK)[: some.stop - some.start]
         part = planes[:, some.start // 8 : (some.stop + 7) // 8]
         code = reference.codes(part, some.stop - some.start)
         step = table[each, code]
         if vector is not None:
             step = step * vector[some].float()
-        _require(_same(out[some], (base[some].float() + step).to(dtype)), "reconstruct")
+        bench.require(same(out[some], (base[some].float() + step).to(dtype)), "reconstruct")
     runs: dict[str, Callable[[], object]] = {"copy": lambda: out.copy_(base), "tallstore": ours}
-    if count == 1 and n <= 1 << 30 and vector is not None:
+    if count == 1 and n == bench.size(1 << 30) and vector is not None:
         runs |= _rivals(bench, base, planes, vector, out)
     inputs = 2 if vector is not None else 1
     moved = n * dtype.itemsize * (inputs + 1) + planes.numel()
@@ -155,7 +73,7 @@ def _reconstruction(bench: Bench, n: int, dtype: torch.dtype, count: int) -> Non
         moved,
         copied=2 * n * dtype.itemsize,
         weights=n,
-        dtype=_short(dtype),
+        dtype=short(dtype),
         planes=count,
         vector=vector is not None,
     )
@@ -183,7 +101,7 @@ def _rivals(
     runs: dict[str, Callable[[], object]] = {
         "torch": lambda: plain(base, planes[0], vector, out),
     }
-    if bench.device.type == "cuda":
+    if not bench.clock.trying:
         # For each size anew, which is its fastest.
         compiled = torch.compile(plain, dynamic=False)
         try:
@@ -194,40 +112,11 @@ def _rivals(
             runs["compile"] = lambda: compiled(base, planes[0], vector, out)
     for name, run in runs.items():
         run()
-        for some in _ends(base.numel()):
+        for some in ends(base.numel()):
             part = planes[:, some.start // 8 : (some.stop + 7) // 8]
             wanted = reference.reconstruct(base[some], part, vector[some], TALL_LEVELS, out.dtype)
-            _require(bool((out[some] == wanted).all()), name)
+            bench.require(bool((out[some] == wanted).all()), name)
     return runs
-
-
-def shapes(bench: Bench) -> None:
-    """How the work is best cut: the launchers' defaults should be at the top of this list."""
-    from tallstore.kernels.common import Shape
-    from tallstore.kernels.reconstruct import reconstruct as launch
-
-    for dtype in (torch.bfloat16, torch.float32):
-        for n in bench.sizes(30):
-            for count in (1, 4):
-                base, vector = bench.floats(n, dtype), bench.floats(n, dtype, 0.01)
-                out, planes = torch.empty_like(base), bench.bits(count, -(-n // 8))
-                table = bench.floats(1 << count, torch.float32).view(1, -1)
-                runs: dict[str, Callable[[], object]] = {"copy": partial(out.copy_, base)}
-                for blocks, warps in ((1, 2), (1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8)):
-                    shape = Shape(blocks=blocks, warps=warps)
-                    runs[f"{blocks}x{warps}"] = partial(
-                        launch, base, planes, vector, table, out, shape=shape
-                    )
-                bench.compare(
-                    "shape",
-                    runs,
-                    3 * n * dtype.itemsize + planes.numel(),
-                    copied=2 * n * dtype.itemsize,
-                    weights=n,
-                    dtype=_short(dtype),
-                    planes=count,
-                    repeats=11,
-                )
 
 
 def encoding(bench: Bench) -> None:
@@ -240,10 +129,10 @@ def encoding(bench: Bench) -> None:
             base, vector = bench.floats(n, dtype), bench.floats(n, dtype, 0.01)
             tuned = bench.floats(n, dtype, 0.01).add_(base)
             plane = bench.bits(-(-n // 8))
-            blocks = -(-n // _BLOCK)
+            blocks = -(-n // BLOCK)
             sums = TallSums.empty(blocks, bench.device)
             encode_tall(base, vector, tuned, plane, tall_lambda=0.4, sums=sums)
-            for some in _ends(n):
+            for some in ends(n):
                 wanted = torch.empty(-(-(some.stop - some.start) // 8), dtype=torch.uint8)
                 encode_tall(
                     *(t[some].cpu() for t in (base, vector, tuned)),
@@ -252,7 +141,7 @@ def encoding(bench: Bench) -> None:
                     backend="reference",
                 )
                 part = plane[some.start // 8 : (some.stop + 7) // 8]
-                _require(_same(part.cpu(), wanted), "encode_tall")
+                bench.require(same(part.cpu(), wanted), "encode_tall")
             out = torch.empty_like(base)
             masks = partial(encode_tall, base, vector, tuned, plane, tall_lambda=0.4)
             bench.compare(
@@ -265,7 +154,7 @@ def encoding(bench: Bench) -> None:
                 3 * n * dtype.itemsize + plane.numel(),
                 copied=2 * n * dtype.itemsize,
                 weights=n,
-                dtype=_short(dtype),
+                dtype=short(dtype),
             )
             for count in (1, 2, 4) if n <= 1 << 28 else ():
                 table = bench.floats(1 << count, torch.float32, 0.01).view(1, -1)
@@ -273,12 +162,12 @@ def encoding(bench: Bench) -> None:
                 codes = partial(encode_levels, base, vector, tuned, table, planes)
                 level_sums = LevelSums.empty(blocks, count, bench.device)
                 codes(sums=level_sums)
-                for some in _ends(n):
+                for some in ends(n):
                     part = planes[:, some.start // 8 : (some.stop + 7) // 8]
                     found = reference.codes(part, some.stop - some.start)
                     line = table[0].tolist()
                     near = reference.encode_levels(base[some], vector[some], tuned[some], line)
-                    _require(torch.equal(found, near), "encode_levels")
+                    bench.require(torch.equal(found, near), "encode_levels")
                 bench.compare(
                     "encode_levels",
                     {
@@ -289,7 +178,7 @@ def encoding(bench: Bench) -> None:
                     3 * n * dtype.itemsize + planes.numel(),
                     copied=2 * n * dtype.itemsize,
                     weights=n,
-                    dtype=_short(dtype),
+                    dtype=short(dtype),
                     planes=count,
                     repeats=7,
                 )
@@ -307,7 +196,7 @@ def sparse(bench: Bench) -> None:
             table = torch.tensor([[-0.0, 0.01, -0.01, 0.0]], device=bench.device)
             for density in (0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1):
                 codes = [
-                    compress_planes(_sparse_planes(bench, n, density), n, table) for _ in range(2)
+                    compress_planes(draw_sparse(bench, n, density), n, table) for _ in range(2)
                 ]
                 apply_sparse(codes[0], base, out)
                 tasks = itertools.cycle([(codes[0], codes[1]), (codes[1], codes[0])])
@@ -318,45 +207,34 @@ def sparse(bench: Bench) -> None:
                 runs: dict[str, Callable[[], object]] = {
                     "dense": partial(reconstruct, base, mask, vector, levels, dense),
                     "switch": ours,
+                    # What `switch_sparse` does instead where codes touch many weights.
+                    "pass": partial(switch_sparse, *codes, base, dense, dense_from=0.0),
                 }
                 times = bench.clock.by_turns(runs, repeats=11)
                 dense.copy_(base)
                 apply_sparse(next(tasks)[0], base, dense)
-                _require(_same(out, dense), "a switch")
+                bench.require(same(out, dense), "a switch")
                 ratio = times["switch"].p50 / times["dense"].p50
                 bench.rows.append(
                     {
                         "what": "sparse switch",
                         "weights": n,
-                        "dtype": _short(dtype),
+                        "dtype": short(dtype),
                         "density": density,
                         **times["switch"].to_json(),
                         "of_dense_time": ratio,
                         "dense_p50_ms": times["dense"].p50,
+                        "pass_p50_ms": times["pass"].p50,
                     }
                 )
                 out.copy_(base)
                 if not bench.clock.trying:
                     print(
-                        f"sparse switch  {_short(dtype)} {n} weights, density {density:.1%}: "
-                        f"{times['switch'].p50:.3f} ms, {ratio:.2f} of the dense time",
+                        f"sparse switch  {short(dtype)} {n} weights, density {density:.1%}: "
+                        f"{times['switch'].p50:.3f} ms, {ratio:.2f} of the dense time; "
+                        f"a pass {times['pass'].p50:.3f} ms",
                         flush=True,
                     )
-
-
-def _sparse_planes(bench: Bench, n: int, density: float) -> torch.Tensor:
-    """Two planes, "+" and "-", of random weights; made piece by piece."""
-    planes = torch.zeros(2, -(-n // 8), dtype=torch.uint8, device=bench.device)
-    weights = 1 << torch.arange(8, device=bench.device)
-    step = 1 << 24
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        draw = torch.rand(-(-size // 8), 8, device=bench.device)
-        draw.view(-1)[size:] = 1.0
-        for k, bits in enumerate((draw < density / 2, (draw >= density / 2) & (draw < density))):
-            packed = (bits * weights).sum(1).to(torch.uint8)
-            planes[k, start // 8 : start // 8 + packed.numel()] = packed
-    return planes
 
 
 def model(bench: Bench) -> None:
@@ -364,15 +242,15 @@ def model(bench: Bench) -> None:
     from tallstore.kernels import reference
     from tallstore.ops import TALL_LEVELS, reconstruct
 
-    n = 5 * _BLOCK if bench.clock.trying else _MODEL_7B
+    n = bench.size(_MODEL_7B)
     base, vector = (bench.floats(n, torch.bfloat16, s) for s in (1.0, 0.01))
     out, planes = torch.empty_like(base), bench.bits(1, -(-n // 8))
     table = torch.tensor([TALL_LEVELS], device=bench.device)
     reconstruct(base, planes, vector, table, out)
-    for some in _ends(n):
+    for some in ends(n):
         part = planes[:, some.start // 8 : (some.stop + 7) // 8]
         wanted = reference.reconstruct(base[some], part, vector[some], TALL_LEVELS, out.dtype)
-        _require(_same(out[some], wanted), "7B switch")
+        bench.require(same(out[some], wanted), "7B switch")
     bench.compare(
         "7B switch",
         {
@@ -396,15 +274,15 @@ def counting(bench: Bench) -> None:
         masks = bench.bits(8, -(-n // 8))
         out = torch.empty(n, dtype=torch.uint8, device=bench.device)
         other = torch.empty_like(out)
-        for some in _ends(n):
+        for some in ends(n):
             part = masks[:, some.start // 8 : (some.stop + 7) // 8]
             size = some.stop - some.start
             unpack(masks[:1], out.view(torch.bool))
-            _require(torch.equal(out[some].long(), reference.codes(part[:1], size)), "unpack")
+            bench.require(torch.equal(out[some].long(), reference.codes(part[:1], size)), "unpack")
             count_uses(masks, out)
-            _require(_same(out[some], reference.count_uses(part, stop=size)), "count_uses")
+            bench.require(same(out[some], reference.count_uses(part, stop=size)), "count_uses")
             both = mask_overlaps(part, stop=size)
-            _require(torch.equal(both, reference.overlaps(part, stop=size)), "mask_overlaps")
+            bench.require(torch.equal(both, reference.overlaps(part, stop=size)), "mask_overlaps")
         for what, run, moved in (
             ("unpack", partial(unpack, masks[:1], out.view(torch.bool)), n + n // 8),
             ("count_uses", partial(count_uses, masks, out), n + n),
@@ -423,10 +301,10 @@ def counting(bench: Bench) -> None:
 PARTS = {
     "model": model,
     "reconstruction": reconstruction,
-    "shapes": shapes,
     "encoding": encoding,
     "sparse": sparse,
     "counting": counting,
+    "shapes": shapes,
 }
 
 
@@ -438,7 +316,7 @@ def main() -> None:
     parser.add_argument("--try", dest="trying", action="store_true", help="tiny, nothing written")
     args = parser.parse_args()
     bench = Bench(Clock(trying=args.trying))
-    failed = []
+    failed = bench.failed
     for name in args.parts or PARTS:
         try:
             PARTS[name](bench)

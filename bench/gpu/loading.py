@@ -1,9 +1,9 @@
 """From a warm file to CUDA tensors: tallstore, safetensors and torch.load, side by side.
 
-``python -m bench.gpu.loading [--weights N] [--cache DIR] [--results DIR] [--try]``. A synthetic
-base of bfloat16 weights and two fine-tunes of it. Cold base: everything comes from the file.
-Resident base: base and shared vector are on the device, and only a task's masks are read. What is
-loaded is checked first.
+``python -m bench.gpu.loading [--weights N] [--zoo DIR [--make]] [--results DIR] [--try]``. A
+synthetic base of bfloat16 weights and two fine-tunes of it. Cold base: everything comes from the
+file. Resident base: base and shared vector are on the device, and only a task's masks are read.
+What is loaded is checked first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ class Resident:
         reconstruct(self.base, planes, self.vector, self._levels, self.out)
 
 
-def make_zoo(folder: Path, weights: int, device: torch.device) -> tuple[Path, Path, Path]:
-    """Stores with and without the exact tier, and the original of a task as safetensors."""
+def make_zoo(folder: Path, weights: int, device: torch.device) -> None:
+    """Stores with and without the exact tier, and the originals of two tasks as safetensors."""
     from safetensors.torch import save_file
 
     # Drawn where it is fast: a billion numbers take one core of the host most of a minute.
@@ -97,20 +98,20 @@ def make_zoo(folder: Path, weights: int, device: torch.device) -> tuple[Path, Pa
         tuned = {name: tensor + draw(0.001) for name, tensor in base.items()}
         paths[task] = folder / f"{task}.safetensors"
         save_file(tuned, paths[task])
+        if task == "a":
+            torch.save(tuned, folder / "a.pt")
     for exact in (False, True):
         tallstore.pack(folder / f"{exact}.tall", folder / "base.safetensors", paths, exact=exact)
-    return folder / "False.tall", folder / "True.tall", paths["a"]
 
 
 def measure(clock: Clock, folder: Path, weights: int) -> list[dict[str, Any]]:
     """Rows of every way to the device."""
     from safetensors.torch import load_file
 
-    masks, exact, original = make_zoo(folder, weights, clock.device)
+    masks, exact = folder / "False.tall", folder / "True.tall"
+    original, pickled = folder / "a.safetensors", folder / "a.pt"
     device = clock.device
     state = load_file(original)
-    pickled = folder / "a.pt"
-    torch.save(state, pickled)
     if not all(torch.equal(t.cpu(), state[n]) for n, t in _load(exact, device).items()):
         raise SystemExit("the exact tier differs from the original")
     wanted = tallstore.load(masks, task="a")
@@ -182,13 +183,22 @@ def main() -> None:
     """Measure, print, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=1 << 29)
-    parser.add_argument("--cache", type=Path, help="where the files go, some 12 bytes a weight")
+    parser.add_argument("--zoo", type=Path, help="a folder that keeps the files, 14 bytes a weight")
+    parser.add_argument("--make", action="store_true", help="make the files, and measure nothing")
     parser.add_argument("--results", type=Path, help="where the rows go, not bench/results")
     parser.add_argument("--try", dest="trying", action="store_true", help="tiny, nothing written")
     args = parser.parse_args()
     clock = Clock(trying=args.trying)
-    with tempfile.TemporaryDirectory(dir=args.cache) as name:
-        rows = measure(clock, Path(name), 100_000 if args.trying else args.weights)
+    weights = 100_000 if args.trying else args.weights
+    with tempfile.TemporaryDirectory() if args.zoo is None else nullcontext(args.zoo) as name:
+        folder = Path(name)
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make_zoo(folder, weights, clock.device)
+            (folder / "made").touch()
+        if args.make:
+            return
+        rows = measure(clock, folder, weights)
     if args.trying:
         print(f"{len(rows)} rows; tried only, nothing written")
         return

@@ -1,9 +1,11 @@
 """Damage stores in many ways; see what comes of each.
 
 ``python -m bench.mutations [--count 10000] [--seed 1] [--jobs 2] [--only SEED]``. Every mutation is
-judged in a process of its own, with a limit on its address space and on its time. Two stores are
-damaged: a zoo with a history (loaded task by task, verified, then written to, compacted or
-repaired), and one of the engine's whose tree is three levels deep (read chunk by chunk).
+judged in a process of its own, with a limit on its address space and on its time. Three stores are
+damaged: two zoos with a history, of masks and of all other codes (loaded task by task, verified,
+then written to, compacted or repaired), and one of the engine's whose tree is three levels deep
+(read chunk by chunk). No two runs make quite the same stores: what should not be is kept, for
+``--only SEED --file FILE``. An interrupt (SIGINT) ends it with the rows of what was tried.
 
 - *harmless*: everything loads bit for bit, and `verify` finds nothing that concerns a task;
 - *refused*: something was refused, with an error that names what is damaged, or `verify` found it;
@@ -19,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -29,15 +33,17 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from bench.interrupt import interruptible
 from bench.mutations.damage import Mutation, Victim, mutate
 from bench.mutations.judge import judge_deep, judge_zoo
 from bench.mutations.regions import regions
-from bench.mutations.stores import make_deep, make_zoo
+from bench.mutations.stores import Wanted, make_codes, make_deep, make_zoo
 from bench.rows import write
 
 #: Memory that one judgement may add to the process it was forked from.
@@ -50,8 +56,19 @@ _SEED: Final = 1
 
 def _made(folder: Path) -> None:
     for seed in (_SEED, _SEED + 1):
-        make_zoo(folder / f"zoo-{seed}.tall", seed)
+        for name, make in (("zoo", make_zoo), ("codes", make_codes)):
+            held = make(folder / f"{name}-{seed}.tall", seed)
+            torch.save(asdict(held), folder / f"{name}-{seed}.wanted")
         make_deep(folder / f"deep-{seed}.tall", seed)
+    (folder / "whole").mkdir()
+    whole = shutil.copyfile(folder / f"codes-{_SEED}.tall", folder / "whole" / "zoo.tall")
+    wanted = Wanted(**torch.load(folder / f"codes-{_SEED}.wanted"))
+    for turn in range(3):
+        verdict = judge_zoo(whole, wanted, _SEED, turn)
+        if verdict.wrong or verdict.refused or verdict.found or verdict.writes_refused:
+            raise SystemExit(f"judged a whole store to be damaged: {verdict}")
+    names = [name for name in sys.modules if name.startswith("tallstore.")]
+    (folder / "modules").write_text("\n".join(names))
 
 
 def _in_child(do: Any) -> tuple[int, resource.struct_rusage]:
@@ -74,10 +91,16 @@ def _victims(folder: Path) -> list[Victim]:
     status, _ = _in_child(lambda: _made(folder))
     if status:
         raise SystemExit("the stores could not be made")
+    # Else every judgement would import them anew.
+    for name in (folder / "modules").read_text().splitlines():
+        importlib.import_module(name)
     found = []
-    for name in ("zoo", "deep"):
+    for name in ("zoo", "codes", "deep"):
         one, two = (folder / f"{name}-{seed}.tall" for seed in (_SEED, _SEED + 1))
-        found.append(Victim(name, one.read_bytes(), regions(one), two.read_bytes(), regions(two)))
+        held = one.with_suffix(".wanted")
+        wanted = Wanted(**torch.load(held)) if held.exists() else None
+        data = (one.read_bytes(), regions(one), two.read_bytes(), regions(two))
+        found.append(Victim(name, *data, wanted))
     return found
 
 
@@ -87,12 +110,14 @@ def _resident() -> int:
 
 
 def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: Path) -> None:
-    signal.alarm(_SECONDS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
     path = folder / "zoo.tall"
     path.write_bytes(mutation.data)
-    judged = judge_zoo(path, _SEED, seed) if victim.name == "zoo" else judge_deep(path, _SEED)
+    if victim.wanted is None:
+        judged = judge_deep(path, _SEED)
+    else:
+        judged = judge_zoo(path, victim.wanted, _SEED, seed // 3)
     judged.skipped = mutation.data == victim.data
     answer.write_text(json.dumps(judged.to_json()))
 
@@ -113,15 +138,15 @@ def _outcome(status: int, grown: float, answer: Path) -> tuple[str, str, dict[st
     return "harmless", "", verdict
 
 
-def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
-    """Fork a judgement; (its process, the kind of damage, what was done)."""
-    mutation = mutate(victim, seed)
+def _start(victim: Victim, mutation: Mutation, seed: int, place: Path) -> int:
+    """Fork a judgement; its process."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     (place / "store").mkdir()
     pid = os.fork()
     if pid:
-        return pid, mutation.kind, mutation.how
+        return pid
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     status = 1
     try:
         with (place / "errors").open("w") as errors:
@@ -134,17 +159,54 @@ def _start(victim: Victim, seed: int, place: Path) -> tuple[int, str, str]:
         os._exit(status)
 
 
+class _Watch:
+    """Waits for judgements, and kills those that hang.
+
+    Time is counted in ticks that are waited for: while this process is stopped, none pass.
+    """
+
+    def __init__(self) -> None:
+        self._ticks: dict[int, int] = {}
+        self._handles: dict[int, int] = {}
+
+    def start(self, pid: int) -> None:
+        self._ticks[pid] = 0
+        self._handles[os.pidfd_open(pid)] = pid
+
+    def wait(self) -> tuple[int, int, resource.struct_rusage]:
+        """What `os.wait4` says of the next judgement that ends."""
+        while not (ended := select.select(self._handles, (), (), 1.0)[0]):
+            for pid in self._ticks:
+                self._ticks[pid] += 1
+                if self._ticks[pid] == _SECONDS:
+                    os.kill(pid, signal.SIGALRM)
+        os.close(ended[0])
+        pid = self._handles.pop(ended[0])
+        del self._ticks[pid]
+        return os.wait4(pid, 0)
+
+
+@dataclass(frozen=True)
+class _Running:
+    victim: str
+    mutation: Mutation
+    seed: int
+    place: Path
+
+
 class _Tally:
     def __init__(self) -> None:
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         self.bad: list[dict[str, Any]] = []
         self.peak = 0.0
+        self.tried = 0
 
-    def add(self, name: str, kind: str, how: str, seed: int, place: Path, done: Any) -> None:
-        status, grown = done
+    def add(self, run: _Running, status: int, grown: float) -> None:
+        kind, how, place = run.mutation.kind, run.mutation.how, run.place
         outcome, why, verdict = _outcome(status, grown, place / "answer")
         row = self.by_kind[kind]
         row["tried"] += 1
+        self.tried += 1
         row[outcome] += 1
         row["unchanged"] += bool(verdict.get("skipped"))
         row["writes"] += verdict.get("writes", 0)
@@ -152,30 +214,42 @@ class _Tally:
         self.peak = max(self.peak, grown)
         if outcome in ("silent", "crashed"):
             text = (place / "errors").read_text()[-3000:]
+            name, seed = run.victim, run.seed
             self.bad.append({"seed": seed, "store": name, "kind": kind, "how": how, "why": why})
-            print(f"{outcome}: seed {seed}, {name}, {kind}: {how}: {why}\n{text}", flush=True)
+            kept = Path(tempfile.gettempdir()) / f"mutation-{seed}.tall"
+            kept.write_bytes(run.mutation.data)
+            what = f"{outcome}: seed {seed}, {name} ({kept}), {kind}: {how}: {why}"
+            print(f"{what}\n{text}", flush=True)
 
 
-def _run(seeds: list[int], victims: list[Victim], folder: Path, jobs: int) -> _Tally:
+def _run(
+    seeds: list[int], victims: list[Victim], folder: Path, *, jobs: int, file: Path | None
+) -> _Tally:
     tally = _Tally()
-    running: dict[int, tuple[str, str, str, int, Path]] = {}
+    running: dict[int, _Running] = {}
+    watch = _Watch()
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
     resident = _resident()
+    stopped = interruptible()
     while True:
-        while free and (seed := next(todo, None)) is not None:
-            # Two thirds of the mutations go to the store with tasks in it.
-            victim = victims[seed % 3 == 0]
+        while free and not stopped() and (seed := next(todo, None)) is not None:
+            victim = victims[seed % 3]
             place = free.pop()
-            pid, kind, how = _start(victim, seed, place)
-            running[pid] = (victim.name, kind, how, seed, place)
+            mutation = mutate(victim, seed)
+            if file is not None:
+                mutation = replace(mutation, data=file.read_bytes())
+            pid = _start(victim, mutation, seed, place)
+            running[pid] = _Running(victim.name, mutation, seed, place)
+            watch.start(pid)
         if not running:
             return tally
-        pid, status, usage = os.wait4(-1, 0)
-        name, kind, how, seed, place = running.pop(pid)
-        grown = (usage.ru_maxrss * 1024 - resident) / 1e6
-        tally.add(name, kind, how, seed, place, (status, grown))
-        free.append(place)
+        pid, status, usage = watch.wait()
+        run = running.pop(pid)
+        tally.add(run, status, (usage.ru_maxrss * 1024 - resident) / 1e6)
+        if tally.tried % 1000 == 0:
+            print(f"{tally.tried} tried", flush=True)
+        free.append(run.place)
 
 
 def main() -> int:
@@ -185,6 +259,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="judge this one seed")
+    parser.add_argument("--file", type=Path, help="the damaged store to judge, with --only")
     parser.add_argument("--results", type=Path, help="a directory to write the rows to")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,7 +271,7 @@ def main() -> int:
         seeds = (
             [args.only] if args.only is not None else list(range(args.seed, args.seed + args.count))
         )
-        tally = _run(seeds, victims, folder, args.jobs)
+        tally = _run(seeds, victims, folder, jobs=args.jobs, file=args.file)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bench.mutations.regions import Regions
+from bench.mutations.stores import Wanted
 
 __all__ = ["Mutation", "Victim", "mutate"]
 
@@ -32,6 +33,8 @@ class Victim:
     regions: Regions
     twin: bytes
     twin_regions: Regions
+    wanted: Wanted | None
+    """What it holds, but for the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ def _foreign_page(victim: Victim, data: bytearray, draw: random.Random) -> str:
 
 
 def _foreign_chunk(victim: Victim, data: bytearray, draw: random.Random) -> str:
-    kinds = ("raw payload", "zstd payload", "planes payload")
-    kind = draw.choice([kind for kind in kinds if kind in victim.regions])
+    kinds = [k for k in victim.regions if k.endswith(" payload") and k in victim.twin_regions]
+    kind = draw.choice(kinds)
     low, high = draw.choice(victim.regions[kind])
     fits = [e for e in victim.twin_regions[kind] if e[1] - e[0] == high - low]
     other = draw.choice(fits or victim.twin_regions[kind])

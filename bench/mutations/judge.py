@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import tallstore
-from bench.mutations.stores import CHUNKS, NEW, State, contents, deep_chunk, removed, task
+from bench.mutations.stores import CHUNKS, NEW, State, Wanted, deep_chunk, task
 from tallstore.engine.environment import open_environment
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import TallstoreError
@@ -26,7 +26,8 @@ __all__ = ["Verdict", "judge_deep", "judge_zoo"]
 #: What a refusal must name.
 _NAMED: Final = re.compile(
     r"page \d+|meta page|run of pages|free pages|stream \d+|manifest|truncated|no LMDB magic|"
-    r"not a tallstore|both meta pages|LMDB data version|format version|other byte order"
+    r"not a tallstore|both meta pages|LMDB data version|format version|other byte order|"
+    r"cut off after \d+ bytes|base is damaged: (\d+ of its tensors \('|its document)"
 )
 
 
@@ -133,10 +134,10 @@ def _write(
     return done
 
 
-def judge_zoo(path: Path, seed: int, turn: int) -> Verdict:
-    """Judge a damaged store of `make_zoo`; `turn` says what is tried beside reading."""
+def judge_zoo(path: Path, held: Wanted, seed: int, turn: int) -> Verdict:
+    """Judge a damaged store of tasks; `turn` says what is tried beside reading."""
     verdict = Verdict()
-    wanted = contents(seed)
+    wanted = held.now
     good = _loads(path, wanted, verdict, verdict.refused)
     try:
         _verified(path, good, set(wanted), verdict)
@@ -149,7 +150,7 @@ def judge_zoo(path: Path, seed: int, turn: int) -> Verdict:
         before = dict(wanted)
         # In two steps: the second write goes where the first freed pages.
         _write(
-            lambda: tallstore.save(fresh, path, task=NEW),
+            lambda: _add(path, fresh, held.code),
             path,
             good,
             before | {NEW: fresh},
@@ -160,8 +161,15 @@ def judge_zoo(path: Path, seed: int, turn: int) -> Verdict:
     elif turn % 3 == 1:
         _write(lambda: tallstore.compact(path), path, good, wanted, verdict)
     else:
-        _repaired(path, seed, good, verdict)
+        _repaired(path, held, good, verdict)
     return verdict
+
+
+def _add(path: Path, state: State, code: str | None) -> None:
+    if code is None:
+        tallstore.save(state, path, task=NEW)
+    else:
+        tallstore.add(path, {NEW: state}, code=code, exact=True)
 
 
 def _names(path: Path) -> set[str]:
@@ -177,9 +185,12 @@ def _remove(path: Path, name: str) -> None:
         store.remove(name)
 
 
-def _repaired(path: Path, seed: int, good: set[str | None], verdict: Verdict) -> None:
-    """A repaired store is whole, and holds at least what loaded; exact means equal."""
-    out, wanted = path.with_name("repaired.tall"), contents(seed)
+def _repaired(path: Path, held: Wanted, good: set[str | None], verdict: Verdict) -> None:
+    """A repaired store is whole, and holds at least what loaded; what is not called lossy is equal.
+
+    From the manifest of an earlier commit, which it says, it holds what that commit held.
+    """
+    out = path.with_name("repaired.tall")
     verdict.writes += 1
     before = path.read_bytes()
     try:
@@ -192,9 +203,6 @@ def _repaired(path: Path, seed: int, good: set[str | None], verdict: Verdict) ->
         return
     if path.read_bytes() != before:
         verdict.wrong.append("repair changed the damaged file")
-    if not report.in_force:
-        # From the manifest of an earlier commit, and said to be: what it holds must be true too.
-        wanted = wanted | removed(seed)
     with tallstore.open(out) as store:
         if not store.verify().ok:
             verdict.wrong.append("the repaired store is damaged")
@@ -203,13 +211,15 @@ def _repaired(path: Path, seed: int, good: set[str | None], verdict: Verdict) ->
         if lost:
             verdict.wrong.append(f"repair lost {lost}")
         for name in names:
-            exact = store.tasks[name].exact
-            if exact and not _same(store.load(name), wanted[name]):
-                verdict.wrong.append(f"repair gives {name} other weights, and calls it exact")
-            if not exact and name not in report.lossy:
-                verdict.wrong.append(f"repair does not say that {name} is lossy now")
-            if not exact and not _close(store.load(name), wanted[name]):
-                verdict.wrong.append(f"repair gives {name} weights that are far off")
+            found = store.load(name)
+            wanted = [held.now[name]] if name in held.now else []
+            if not report.in_force:
+                wanted += held.earlier.get(name, [])
+            if name in report.lossy:
+                if not any(_close(found, state) for state in wanted):
+                    verdict.wrong.append(f"repair gives {name} weights that are far off")
+            elif not any(_same(found, state) for state in wanted):
+                verdict.wrong.append(f"repair gives {name} other weights, and does not say so")
 
 
 def _close(found: State, wanted: State) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tallstore.codecs import CODECS
 from tallstore.engine.chunk import HEADER_SIZE
 from tallstore.engine.datafile import DataFile, check_data_file
 from tallstore.engine.tree import Tree, walk
@@ -19,6 +20,11 @@ Regions = dict[str, list[tuple[int, int]]]
 
 _META_BYTES = 16 + 136
 _LEAF_FLAG = 2
+#: By codec.
+_PAYLOADS = {
+    number: f"{type(codec).__name__.removesuffix('Codec').lower()} payload"
+    for number, codec in CODECS.items()
+}
 
 
 def _values(
@@ -38,7 +44,7 @@ def _values(
             found["manifest"].append((place, stop))
             continue
         found["chunk header"].append((place, place + HEADER_SIZE))
-        kind = {0: "raw payload", 1: "zstd payload", 2: "planes payload"}[data[place + 4]]
+        kind = _PAYLOADS[data[place + 4]]
         if stop > place + HEADER_SIZE:
             found[kind].append((place + HEADER_SIZE, stop))
     return inline

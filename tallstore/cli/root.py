@@ -21,6 +21,7 @@ from tallstore.cli.report import report
 from tallstore.cli.rm import rm
 from tallstore.cli.stats import stats
 from tallstore.cli.strip import strip
+from tallstore.cli.switch_bench import switch_bench
 from tallstore.cli.unpack import unpack
 from tallstore.cli.verify import verify
 from tallstore.version import __version__
@@ -70,6 +71,7 @@ for _command in (
     strip,
     relink,
     compact,
+    switch_bench,
     doctor,
     demo,
     completion,

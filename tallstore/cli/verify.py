@@ -144,6 +144,7 @@ def _repair(place: str, out: str | None, *, timeout: float, quiet: bool) -> dict
         "chunks_missing": done.missing,
         "whole": list(done.whole),
         "lossy": {name: _damage(damage) for name, damage in done.lossy.items()},
+        "without_codes": list(done.bare),
         "lost": {name: _damage(damage) for name, damage in done.lost.items()},
         "files_lost": [{"task": name, "files": list(files)} for name, files in done.files.items()],
     }
@@ -210,7 +211,9 @@ def _say_repair(done: dict[str, Any]) -> None:
         )
     click.echo(f"  {len(done['whole'])} tasks as they were, bit for bit")
     for name, damage in done["lossy"].items():
-        click.echo(f"  task {printable(repr(name))} is lossy now, masks alone: {_what(damage)}")
+        click.echo(f"  task {printable(repr(name))} is lossy now, codes alone: {_what(damage)}")
+    for name in done["without_codes"]:
+        click.echo(f"  task {printable(repr(name))} has lost its codes, and loads bit for bit")
     for name, damage in done["lost"].items():
         click.echo(f"  task {printable(repr(name))} is lost: {_what(damage)}")
     for row in done["files_lost"]:

@@ -14,7 +14,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Codec(Protocol):
-    """One way to write a chunk down. Stateless: `parameter` is all that decoding needs.
+    """One way to write a chunk down. Stateless: `parameter` and `side` are all decoding needs.
 
     Attributes
     ----------
@@ -25,7 +25,9 @@ class Codec(Protocol):
     @property
     def number(self) -> int: ...
 
-    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
         """The encoded bytes, or None where that would gain too little.
 
         Parameters
@@ -34,11 +36,15 @@ class Codec(Protocol):
             Goes with the payload to disk.
         min_gain
             The least share that encoding must save, of the whole or of a part of it.
+        side
+            What the reader will have too, as many bytes, for a codec that makes use of it.
         """
         ...
 
-    def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
-        """Fill `out`, all of it, from `payload`.
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
+        """Fill `out`, all of it, from `payload`; `side` is what `encode` had.
 
         Raises
         ------

@@ -58,7 +58,9 @@ class PlanesCodec:
     def __init__(self) -> None:
         self._scratch = Scratch()
 
-    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
         """Split, and compress each plane that gains."""
         size = _word(parameter)().itemsize
         if data.size % size:
@@ -73,7 +75,9 @@ class PlanesCodec:
         payload = struct.pack(f"<{size}I", *lengths) + b"".join(bodies)
         return payload if len(payload) <= 0.95 * data.size else None
 
-    def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
         """Decompress the planes and merge them."""
         kind = _word(parameter)
         size = kind().itemsize

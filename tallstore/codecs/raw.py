@@ -17,11 +17,15 @@ class RawCodec:
 
     number: Final[int] = 0
 
-    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
         """A copy of the bytes."""
         return data.tobytes()
 
-    def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
         """Copy the payload."""
         if len(payload) != out.size:
             raise CorruptStoreError(f"{len(payload)} stored bytes, {out.size} expected")

@@ -21,7 +21,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from tallstore.codecs import zstd
 from tallstore.codecs.codec import Bytes
@@ -37,18 +36,6 @@ _SKIP: Final = 255
 _GROUP: Final = 4096
 #: From so many weights a touched one, both widths of a gap are tried.
 _WIDE_FROM: Final = 100
-
-# All but literals alone: gaps hold no repetitions, and looking for them makes frames longer and
-# slower to read. The window is what blocks are cut by.
-_LITERALS: Final = zstandard.ZstdCompressionParameters(
-    compression_level=1,
-    strategy=zstandard.STRATEGY_FAST,
-    min_match=7,
-    hash_log=6,
-    window_log=20,
-    write_content_size=1,
-    write_checksum=0,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +95,9 @@ class SparseCodec:
     def __init__(self) -> None:
         self._scratch = Scratch()
 
-    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
         """Gaps and signs; None too where the planes share a bit, or a quarter or more is set."""
         if not data.size or data.size % 2:
             return None
@@ -121,7 +110,9 @@ class SparseCodec:
         fits = payload is not None and len(payload) <= (1 - min_gain) * data.size
         return payload if fits else None
 
-    def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
         """Scatter the bits into planes."""
         if out.size % 2:
             raise CorruptStoreError(f"{out.size} bytes are no two planes of one size")
@@ -214,7 +205,7 @@ def _payload(touched: Touched, low: int, weights: int) -> bytes | None:
         return None
     symbols = np.full(count, _SKIP, np.uint8)
     symbols[places] = last
-    frame = zstandard.ZstdCompressor(compression_params=_LITERALS).compress(symbols.data)
+    frame = zstd.literals(symbols)
     raw = len(frame) >= symbols.size
     body = symbols.tobytes() if raw else frame
     length = len(body) | (_RAW if raw else 0)

@@ -9,7 +9,7 @@ import zstandard
 from tallstore.codecs.codec import Bytes
 from tallstore.errors import CorruptStoreError
 
-__all__ = ["ZstdCodec", "compress", "decompress"]
+__all__ = ["ZstdCodec", "compress", "decompress", "literals"]
 
 _LEVEL: Final = 1
 
@@ -18,6 +18,26 @@ def compress(data: Bytes, *, min_gain: float, level: int = _LEVEL) -> bytes | No
     """One frame that carries its content size, or None where it saves less than `min_gain`."""
     frame = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(data.data)
     return frame if len(frame) <= (1 - min_gain) * data.size else None
+
+
+# No repetitions looked for, but those that are plain to see. The window is what blocks are cut by.
+_LITERALS: Final = zstandard.ZstdCompressionParameters(
+    compression_level=1,
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    window_log=20,
+    write_content_size=1,
+    write_checksum=0,
+)
+
+
+def literals(data: Bytes) -> bytes:
+    """One frame of bytes that are independent of one another: their Huffman code, in effect.
+
+    Matches among them would be chance, make the frame longer, and slow its reader down.
+    """
+    return zstandard.ZstdCompressor(compression_params=_LITERALS).compress(data.data)
 
 
 def _frame_size(payload: memoryview) -> int:
@@ -70,10 +90,14 @@ class ZstdCodec:
 
     number: Final[int] = 1
 
-    def encode(self, data: Bytes, *, parameter: int, min_gain: float) -> bytes | None:
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
         """Compress at level 1, the level that keeps up with the disk."""
         return compress(data, min_gain=min_gain)
 
-    def decode(self, payload: memoryview, out: Bytes, *, parameter: int) -> None:
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
         """Decompress."""
         decompress(payload, out)

@@ -7,7 +7,7 @@ a chunk filed under another's key, and a chunk from another store are all found 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -43,6 +43,8 @@ class Encoding:
     codec: Codec = RAW
     parameter: int = 0
     min_gain: float = 0.05
+    side: Bytes | None = field(default=None, compare=False, repr=False)
+    """As many bytes as the chunk's, which whoever reads it will have too."""
 
 
 def _digest(store: bytes, key: bytes, head: bytes | memoryview, payload: object) -> bytes:
@@ -88,7 +90,9 @@ def seal_chunk(buffer: ChunkBuffer, *, store: bytes, key: bytes, encoding: Encod
     codec, parameter = encoding.codec, encoding.parameter
     payload = None
     if codec is not RAW and data.size:
-        payload = codec.encode(data, parameter=parameter, min_gain=encoding.min_gain)
+        payload = codec.encode(
+            data, parameter=parameter, min_gain=encoding.min_gain, side=encoding.side
+        )
     if payload is None:
         whole, number, parameter = buffer.whole, RAW.number, 0
     else:
@@ -115,8 +119,8 @@ class CheckedChunk:
         """Whether the payload is the data."""
         return self.codec is RAW
 
-    def decode(self, out: Bytes, *, what: str) -> None:
-        """Decode into `out`, which has exactly the raw size.
+    def decode(self, out: Bytes, *, what: str, side: Bytes | None = None) -> None:
+        """Decode into `out`, which has exactly the raw size; `side` is what its encoding had.
 
         Raises
         ------
@@ -126,7 +130,7 @@ class CheckedChunk:
         if self.raw_size != out.size:
             raise CorruptStoreError(f"{what}: holds {self.raw_size} bytes, {out.size} expected")
         try:
-            self.codec.decode(self.payload, out, parameter=self.parameter)
+            self.codec.decode(self.payload, out, parameter=self.parameter, side=side)
         except CorruptStoreError as exc:
             raise CorruptStoreError(f"{what}: {exc}") from exc
 

@@ -62,8 +62,12 @@ _ATTEMPTS: Final = 5
 class Database:
     """One of the two trees, as a meta page has it."""
 
+    pad: int
+    """The size of keys, where all have one: not of the main tree, where LMDB bounds it."""
     flags: int
     depth: int
+    pages: int
+    """Of its branches, leaves and large values."""
     root: int
 
 
@@ -94,7 +98,7 @@ def _meta(page: bytes) -> DataFile | None:
     if magic != LMDB_MAGIC or version != _DATA_VERSION or rest[2] not in _PAGE_SIZES:
         return None
     last_page, transaction = rest[-2:]
-    free, main = (Database(r[1], r[2], r[7]) for r in (rest[2:10], rest[10:18]))
+    free, main = (Database(r[0], r[1], r[2], sum(r[3:6]), r[7]) for r in (rest[2:10], rest[10:18]))
     return DataFile(rest[2], last_page + 1, transaction, free, main)
 
 
@@ -107,6 +111,8 @@ def _damage(number: int, page: bytes, meta: DataFile | None) -> str | None:
         return f"its header says page {page_number} with flags {flags:#x}"
     if meta.free.flags & ~_NO_SUBDIR != _INTEGER_KEYS or meta.main.flags:
         return f"flags {meta.free.flags:#x} and {meta.main.flags:#x} of its trees"
+    if meta.main.pad > meta.page_size - PAGE_HEADER:
+        return f"keys of {meta.main.pad} bytes in its tree"
     if meta.transaction and meta.transaction % 2 != number:
         return f"transaction {meta.transaction} belongs on the other one"
     for tree in (meta.free, meta.main):

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,13 @@ except ImportError:  # before 3.0
 from tallstore.advice import reserve
 from tallstore.engine.datafile import check_data_file
 from tallstore.engine.lockless import register
-from tallstore.engine.refusals import MAP_SIZE, MAX_READERS, lmdb_errors, system_refusal
+from tallstore.engine.refusals import (
+    MAP_SIZE,
+    MAX_READERS,
+    check_path,
+    lmdb_errors,
+    system_refusal,
+)
 from tallstore.engine.waiting import attempts
 from tallstore.errors import (
     NotAStoreError,
@@ -72,6 +79,8 @@ class Environment:
     """Where a file under a temporary name is to go: what messages call it."""
     walked: object = None
     """The commit that was checked last; `tallstore.engine.guard` keeps it here."""
+    failure: TallstoreError | None = None
+    """How the last write that failed did: LMDB may refuse everything from then on."""
 
     @property
     def writable(self) -> bool:
@@ -82,6 +91,22 @@ class Environment:
     def shown(self) -> Path:
         """The path for messages."""
         return self.destination or self.path
+
+    @contextlib.contextmanager
+    def errors(
+        self, *, doing: str, needed: int | None = None, writing: bool = False
+    ) -> Iterator[None]:
+        """As `lmdb_errors`; what LMDB refuses since a write failed is refused as that write was."""
+        try:
+            with lmdb_errors(self.shown, doing=doing, needed=needed):
+                yield
+        except TallstoreError as exc:
+            if isinstance(exc.__cause__, lmdb.PanicError):
+                if self.failure is not None:
+                    raise self.failure from exc
+            elif writing:
+                self.failure = exc
+            raise
 
     def paged_bytes(self) -> int:
         """Bytes that the file must have for the pages of the newest transaction."""
@@ -315,8 +340,9 @@ def open_environment(path: Path) -> Environment:
 
     Raises
     ------
-    StoreNotFoundError, NotAStoreError, TruncatedStoreError, StoreIOError
+    StoreNotFoundError, NotAStoreError, TruncatedStoreError, StoreIOError, OptionError
     """
+    check_path(path)
     if path.is_dir():
         raise NotAStoreError(f"{path}: a directory, not a tallstore file")
     with _REGISTRY.lock, lmdb_errors(path, doing="open"):
@@ -355,6 +381,7 @@ def create_environment(path: Path, *, destination: Path) -> Environment:
     place, and `WriteSession.commit` syncs it before that. It has a reader table all the same:
     without one, LMDB would use pages again that this process's own snapshots still read.
     """
+    check_path(destination)
     with lmdb_errors(destination, doing="create", needed=_LOCK_FILE_SIZE):
         _make_lock_file(path)
         opened = _lmdb_open(path, readonly=False, lock=True, create=True, sync=False)

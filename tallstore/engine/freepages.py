@@ -62,13 +62,18 @@ def check_runs(
     ]
 
 
-def check_free_pages(descriptor: int, file: DataFile, tree: Tree, *, path: Path) -> None:
+def check_free_pages(descriptor: int, file: DataFile, tree: Tree, *, path: Path) -> int:
     """Check the list of free pages: none of them may be one that is in use.
 
     Parameters
     ----------
     tree
         The main tree of the same meta page.
+
+    Returns
+    -------
+    int
+        How many pages are neither in use nor free, which does no harm but to LMDB's copying.
 
     Raises
     ------
@@ -89,6 +94,8 @@ def check_free_pages(descriptor: int, file: DataFile, tree: Tree, *, path: Path)
     counts[free.pages.size :] = np.array([header[2] for header in headers], np.uint64)
     if (pages + counts > file.pages).any():
         raise _free_damaged(path, "a run of pages that leads out of the file")
+    if int(counts.sum()) != file.free.pages:
+        raise _free_damaged(path, f"it takes {int(counts.sum())} pages, not {file.free.pages}")
     extents.append((pages, counts))
     for key, place, size in zip(free.keys[:, 0], free.places, free.sizes, strict=True):
         numbers = _page_numbers(descriptor, file, int(place), int(size))
@@ -99,6 +106,7 @@ def check_free_pages(descriptor: int, file: DataFile, tree: Tree, *, path: Path)
         check_disjoint(path, *extents)
     except CorruptStoreError as exc:
         raise _free_damaged(path, "it names pages that are in use") from exc
+    return file.pages - 2 - sum(int(numbers.sum()) for _, numbers in extents)
 
 
 def _free_damaged(path: Path, how: str) -> CorruptStoreError:
@@ -111,7 +119,7 @@ def _free_damaged(path: Path, how: str) -> CorruptStoreError:
 def _page_numbers(descriptor: int, file: DataFile, place: int, size: int) -> Numbers | None:
     """The pages that one record frees: a count, then as many numbers, falling."""
     count = int.from_bytes(os.pread(descriptor, 8, place), "little")
-    if size % 8 or not count < min(size // 8, file.pages):
+    if size != 8 * (count + 1) or count >= file.pages:
         return None
     data = os.pread(descriptor, 8 * count, place + 8)
     if len(data) != 8 * count:

@@ -139,8 +139,18 @@ def check_before_writing(environment: Environment, kept: Collection[int]) -> lis
 
 
 def check_before_copying(environment: Environment) -> None:
-    """Check all that LMDB goes by when it copies a file page by page; raises CorruptStoreError."""
+    """Check all that LMDB goes by when it copies a file page by page; raises CorruptStoreError.
+
+    It takes what is not free for used, counts, and gives up if the count is another one.
+    """
     file, tree = _newest(environment)
+    lost = check_free_pages(environment.presence, file, tree, path=environment.shown)
+    if lost:
+        raise CorruptStoreError(
+            f"{environment.shown}: the list of free pages is damaged: {lost} of {file.pages} pages "
+            "are neither in use nor free. The store can be read and written to, but not compacted; "
+            "`tallstore verify --repair` makes a whole one of it"
+        )
     _refuse(environment, tree, file, np.ones(tree.runs.size, np.bool_))
 
 

@@ -12,6 +12,7 @@ import lmdb
 
 from tallstore.engine.datafile import check_data_file
 from tallstore.engine.environment import is_open_here, lmdb_errors, lock_file
+from tallstore.engine.refusals import check_path
 
 __all__ = ["Readers", "readers"]
 
@@ -37,8 +38,9 @@ def readers(path: Path) -> Readers | None:
 
     Raises
     ------
-    NotAStoreError, TruncatedStoreError
+    NotAStoreError, TruncatedStoreError, OptionError
     """
+    check_path(path)
     lock = lock_file(path)
     if not lock.exists():
         return Readers((), 0)

@@ -16,6 +16,7 @@ from tallstore.engine.filesystem import free_room
 from tallstore.errors import (
     CorruptStoreError,
     NotAStoreError,
+    OptionError,
     StoreFullError,
     StoreIOError,
     StoreLockedError,
@@ -24,13 +25,24 @@ from tallstore.errors import (
     TallstoreError,
 )
 
-__all__ = ["MAP_SIZE", "MAX_READERS", "lmdb_errors", "system_refusal"]
+__all__ = ["MAP_SIZE", "MAX_READERS", "check_path", "lmdb_errors", "system_refusal"]
 
 #: Address space, not disk; LMDB maps the file into it and never past its end.
 MAP_SIZE: Final = 1 << 40
 MAX_READERS: Final = 510
 #: Bytes that a file system may keep for itself of the room it says is free.
 _MARGIN: Final = 1 << 20
+
+
+def check_path(path: Path) -> None:
+    """Raise OptionError for a path that py-lmdb cannot take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise OptionError(
+            f"{shown}: no UTF-8, as the path of a store has to be; rename the file or directory"
+        ) from None
 
 
 @contextmanager

@@ -181,7 +181,7 @@ class WriteSession:
         self.step("chunks")
         environment = self._environment
         needed = max(size, self._lacking)
-        with lmdb_errors(environment.shown, doing="write", needed=needed):
+        with environment.errors(doing="write", needed=needed, writing=True):
             fit_file(environment, spare=size + _SPARE)
             with environment.lmdb.begin(write=True) as transaction:
                 for key, value in batch:
@@ -255,7 +255,7 @@ class WriteSession:
         )
         value = after.to_bytes()
         environment = self._environment
-        with lmdb_errors(environment.shown, doing="commit", needed=len(value)):
+        with environment.errors(doing="commit", needed=len(value), writing=True):
             environment.lmdb.sync(True)
             self.step("synced")
             fit_file(environment, spare=len(value) + _SPARE)
@@ -265,7 +265,10 @@ class WriteSession:
             environment.lmdb.sync(True)
             self.step("committed")
             self._committed = True
-        with contextlib.suppress(TallstoreError):
+        with (
+            contextlib.suppress(TallstoreError),
+            environment.errors(doing="tidy up", needed=_SPARE, writing=True),
+        ):
             # All is there, and durable: what cannot be tidied up now, the next write does.
             fit_file(environment)
             if not reclaim(environment, after, step=self.step):
@@ -289,7 +292,7 @@ class WriteSession:
         """The manifest that the file holds: what it refers to must stay."""
         shown = self._environment.shown
         with (
-            lmdb_errors(shown, doing="read"),
+            self._environment.errors(doing="read"),
             self._environment.lmdb.begin(buffers=True) as transaction,
         ):
             value = transaction.get(MANIFEST_KEY)
@@ -300,7 +303,7 @@ def reclaim(
     environment: Environment, manifest: Manifest, *, step: Callable[[str], None] | None = None
 ) -> int:
     """Remove the chunks of streams that `manifest` does not know; returns how many there were."""
-    with lmdb_errors(environment.shown, doing="reclaim space", needed=_SPARE):
+    with environment.errors(doing="reclaim space", needed=_SPARE, writing=True):
         doomed = check_before_writing(environment, manifest.streams)
         for start in range(0, len(doomed), _RECLAIM):
             if step is not None:
@@ -327,7 +330,7 @@ def commit_again(environment: Environment) -> None:
     Were only the newest to do so, damage to that one page could bring back the store as it was
     before the write.
     """
-    with lmdb_errors(environment.shown, doing="commit"):
+    with environment.errors(doing="commit", needed=_SPARE, writing=True):
         fit_file(environment, spare=_SPARE)
         with environment.lmdb.begin(write=True) as transaction:
             value = transaction.get(MANIFEST_KEY)

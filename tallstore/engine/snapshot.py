@@ -35,6 +35,7 @@ class Closable(Protocol):
 
 
 _Companion = TypeVar("_Companion", bound=Closable)
+_Result = TypeVar("_Result")
 
 
 class Snapshot:
@@ -53,7 +54,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._beside: dict[Hashable, Any] = {}
-        with lmdb_errors(self.path, doing="read"):
+        with environment.errors(doing="read"):
             self._transaction, self._walked = begin_reading(environment)
             self._nbytes = environment.paged_bytes()
             try:
@@ -111,7 +112,7 @@ class Snapshot:
     def _value(self, key: bytes, what: str) -> memoryview:
         if self._environment is None or self._process != os.getpid():
             raise self._closed()
-        with self._lock, lmdb_errors(self.path, doing=f"read {what}"):
+        with self._lock, self._environment.errors(doing=f"read {what}"):
             # LMDB does not look, and pages behind the end of the file would kill the process.
             if os.fstat(self._environment.presence).st_size < self._nbytes:
                 raise TruncatedStoreError(
@@ -141,8 +142,12 @@ class Snapshot:
     def _what(self, stream: Stream, chunk: int) -> str:
         return f"{self.path}: stream {stream.number}, chunk {chunk}"
 
-    def read_chunk(self, stream: Stream, chunk: int, out: Bytes | None) -> None:
+    def read_chunk(
+        self, stream: Stream, chunk: int, out: Bytes | None, *, side: Bytes | None = None
+    ) -> None:
         """Check one chunk and decode it into `out` (None: only check it).
+
+        `side` is what its encoding had, if it had any.
 
         Raises
         ------
@@ -151,8 +156,28 @@ class Snapshot:
         what = self._what(stream, chunk)
         value, checked = self._checked(stream, chunk, what)
         if out is not None:
-            checked.decode(out, what=what)
+            checked.decode(out, what=what, side=side)
         release_pages(np.frombuffer(value, np.uint8))
+
+    def use_chunk(
+        self, stream: Stream, chunk: int, use: Callable[[CheckedChunk], _Result]
+    ) -> _Result:
+        """Check one chunk and give what `use` makes of it, which must hold no view of it.
+
+        Raises
+        ------
+        ChecksumError, CorruptStoreError
+        """
+        what = self._what(stream, chunk)
+        value, checked = self._checked(stream, chunk, what)
+        if checked.raw_size != stream.raw_size(chunk):
+            raise CorruptStoreError(f"{what}: {checked.raw_size} bytes, another size is expected")
+        try:
+            result = use(checked)
+        except CorruptStoreError as exc:
+            raise CorruptStoreError(f"{what}: {exc}") from exc
+        release_pages(np.frombuffer(value, np.uint8))
+        return result
 
     def view_chunk(self, stream: Stream, chunk: int, *, room: Callable[[int], Bytes]) -> Bytes:
         """Check one chunk and give its data, without a copy where it is stored as it is.

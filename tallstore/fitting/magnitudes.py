@@ -33,6 +33,8 @@ class Magnitudes:
         self.weights = weights
         self.moved = 0.0
         """Squared norm of the task vector t."""
+        self.start = 0.0
+        """Squared norm of the base's weights."""
         self.finite = True
         self.same = True
         """Whether every weight is the base's, bit for bit."""
@@ -82,6 +84,7 @@ class Magnitudes:
     def merge(self, other: Magnitudes) -> None:
         """Take in the sums of another part of the tensor."""
         self.moved += other.moved
+        self.start += other.start
         self.finite &= other.finite
         self.same &= other.same
         self.count += other.count

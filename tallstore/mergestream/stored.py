@@ -215,7 +215,7 @@ class StoredSpan:
         """A task's weights over the span, in its dtype, as loading gives them."""
         feed, arena = self._feed, self._arena
         codes = task.decoder.codes(arena, span, feed.scratch.take)
-        residual = task.decoder.residual(arena, span)
+        residual = task.decoder.residual(arena, span, self.base)
         if feed.device is not None:
             out = feed.scratch.take(f"weights {number}", self.count * itemsize(code.dtype))
             shared = None

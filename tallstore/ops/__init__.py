@@ -16,6 +16,7 @@ from tallstore.ops.counting import (
     use_histogram,
 )
 from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
+from tallstore.ops.placed import Places, place, reconstruct_placed
 from tallstore.ops.quantized import dequantize
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
 from tallstore.ops.residual import add_residual
@@ -38,6 +39,7 @@ __all__ = [
     "AnySparseCode",
     "Backend",
     "LevelSums",
+    "Places",
     "SeededCode",
     "SparseCode",
     "TallSums",
@@ -53,7 +55,9 @@ __all__ = [
     "encode_tall",
     "expand_sparse",
     "mask_overlaps",
+    "place",
     "reconstruct",
+    "reconstruct_placed",
     "reduce_sums",
     "restore_sparse",
     "switch_sparse",

@@ -19,8 +19,8 @@ from tallstore.scratch import Scratch
 
 __all__ = ["reconstruct"]
 
-#: Weights a step: few enough for a shared cache, so many that two threads rarely meet.
-_STEP: Final = 1 << 19
+#: Weights a step: few enough for a core's own cache.
+_STEP: Final = 1 << 16
 
 _INDEX: Final = np.dtype(np.intp)
 
@@ -61,10 +61,8 @@ def reconstruct(
     packed = planes.numpy()
     if vector is not None and _is_tall(levels):
         _masked(base, packed[0], vector, out, scratch)
-    elif planes.shape[0] == 1:
-        _two_levels(base, packed[0], vector, levels, out, scratch)
     else:
-        _many_levels(base, packed, vector, levels, out)
+        _levels(base, packed, vector, levels, out, scratch)
 
 
 def _is_tall(levels: Sequence[float]) -> bool:
@@ -120,44 +118,73 @@ def _masked(
             out[at].copy_(into)
 
 
-def _two_levels(
-    base: torch.Tensor,
-    plane: npt.NDArray[np.uint8],
-    vector: torch.Tensor | None,
-    levels: Sequence[float],
-    out: torch.Tensor,
-    scratch: Scratch,
-) -> None:
-    low, high = np.asarray(levels, np.float32)
-    rows = _byte_rows(np.where(_bits_of_bytes(), high, low))
-    buffer = scratch.take("reconstruct: rows", _padded(base.numel()) * 4)
-    step = _as_floats(buffer, torch.float32)
-    add = _adder(base, step, out)
-    for at in _steps(base.numel()):
-        count = at.stop - at.start
-        _expand(plane[at.start // 8 : (at.stop + 7) // 8], rows, buffer, scratch)
-        if vector is not None:
-            step[:count].mul_(vector[at])
-        add(at, count)
-
-
-def _many_levels(
+def _levels(
     base: torch.Tensor,
     planes: npt.NDArray[np.uint8],
     vector: torch.Tensor | None,
     levels: Sequence[float],
     out: torch.Tensor,
+    scratch: Scratch,
 ) -> None:
-    table = np.asarray(levels, np.float32)
-    for at in _steps(base.numel()):
-        count = at.stop - at.start
-        code = np.zeros(count, np.uint8)
-        for k, plane in enumerate(planes[:, at.start // 8 : (at.stop + 7) // 8]):
-            code |= np.unpackbits(plane, count=count, bitorder="little") << np.uint8(k)
-        step = torch.from_numpy(np.take(table, code))
-        if vector is not None:
-            step.mul_(vector[at])
-        _adder(base[at], step, out[at])(slice(0, count), count)
+    """Any levels: their products, then the sum."""
+    rows = _level_rows(planes.shape[0], levels)
+    buffer = scratch.take("reconstruct: rows", _padded(base.numel()) * 4)
+    step = _as_floats(buffer, torch.float32)
+    numbers = step.numpy()
+    single = vector is not None and vector.dtype == torch.float32
+    factors = vector.numpy() if vector is not None and single else None
+    add = _adder(base, step, out, scratch)
+    # numpy's operations stay on this thread, whatever torch's thread count, and start sooner.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in _steps(base.numel()):
+            count = at.stop - at.start
+            some = planes[:, at.start // 8 : (at.stop + 7) // 8]
+            fields = some[0] if some.shape[0] == 1 else _fields(some, scratch)
+            _expand(fields, rows, buffer, scratch)
+            if factors is not None:
+                np.multiply(numbers[:count], factors[at], out=numbers[:count])
+            elif vector is not None:
+                step[:count].mul_(vector[at])
+            add(at, count)
+
+
+#: Weights whose codes share a byte, by the number of planes.
+_TOGETHER: Final = {1: 8, 2: 4, 3: 2, 4: 2}
+
+
+def _level_rows(planes: int, levels: Sequence[float]) -> npt.NDArray[np.void]:
+    """For each byte of `_fields`, the levels of its weights."""
+    together = _TOGETHER[planes]
+    bits = _bits_of_bytes()[:, : planes * together].reshape(256, planes, together)
+    codes = (bits << np.arange(planes, dtype=np.uint8)[:, None]).sum(axis=1)
+    return _byte_rows(np.asarray(levels, np.float32)[codes])
+
+
+def _fields(planes: npt.NDArray[np.uint8], scratch: Scratch) -> npt.NDArray[np.uint8]:
+    """Bytes that hold the codes of some weights each: their bits in the first plane, the next, ..
+
+    Four weights of 2 planes, or two of 3 or 4, the first weight's bit the lowest.
+    """
+    count, size = planes.shape
+    together = _TOGETHER[count]
+    # A byte of a plane becomes a little-endian word of as many bytes as it has fields.
+    word: Any = np.dtype("<u2") if together == 4 else np.dtype("<u4")
+    buffers = scratch.take("reconstruct: fields", 3 * size * word.itemsize).view(word)
+    joined, wide, spare = buffers.reshape(3, -1)
+    mask = word.type(0x0F0F if together == 4 else 0x03030303)
+    for k, plane in enumerate(planes):
+        np.copyto(wide, plane)
+        for shift in (4,) if together == 4 else (12, 6):
+            np.left_shift(wide, shift, out=spare)
+            np.bitwise_or(wide, spare, out=wide)
+        np.bitwise_and(wide, mask, out=wide)
+        if k == 0:
+            joined, wide = wide, joined
+        else:
+            np.left_shift(wide, together * k, out=wide)
+            np.bitwise_or(joined, wide, out=joined)
+    fields: npt.NDArray[np.uint8] = joined.view(np.uint8)
+    return fields
 
 
 def _padded(count: int) -> int:
@@ -170,24 +197,25 @@ def _as_floats(buffer: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tenso
 
 
 def _adder(
-    base: torch.Tensor, step: torch.Tensor, out: torch.Tensor
+    base: torch.Tensor, step: torch.Tensor, out: torch.Tensor, scratch: Scratch
 ) -> Callable[[slice, int], None]:
     """What writes ``base[at] + step[:count]`` to ``out[at]``, computed in float32, rounded once."""
-    if base.dtype == step.dtype == out.dtype == torch.float32:
-        # numpy's add stays on this thread, whatever torch's thread count.
-        one, two, three = base.numpy(), step.numpy(), out.numpy()
+    single = torch.float32
+    two = step.numpy()
+    # torch's add of two dtypes would widen one in memory that is new each time.
+    sums = two if out.dtype != single else out.numpy()
+    wide = None
+    if base.dtype != single:
+        wide = _as_floats(scratch.take("reconstruct: base", two.nbytes), single)
+    one = base.numpy() if wide is None else wide.numpy()
 
-        def add(at: slice, count: int) -> None:
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.add(one[at], two[:count], out=three[at])
+    def add(at: slice, count: int) -> None:
+        here = at if wide is None else slice(0, count)
+        if wide is not None:
+            wide[:count].copy_(base[at])
+        into = sums[at] if out.dtype == single else sums[:count]
+        np.add(one[here], two[:count], out=into)
+        if out.dtype != single:
+            out[at].copy_(step[:count])
 
-        return add
-    common = torch.promote_types(base.dtype, step.dtype)
-    # Both of one half-precision dtype, wanted in another: torch would round twice.
-    widened = common not in (torch.float32, out.dtype)
-
-    def add_rounded(at: slice, count: int) -> None:
-        left = base[at].float() if widened else base[at]
-        torch.add(left, step[:count], out=out[at])
-
-    return add_rounded
+    return add

@@ -17,6 +17,7 @@ from tallstore.errors import MismatchError, OptionError
 from tallstore.kernels import seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededCode
 from tallstore.kernels.sparse_reference import SparseCode, compress
+from tallstore.ops import cpu_sparse
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.ops.reconstruction import reconstruct
@@ -37,10 +38,9 @@ __all__ = [
 AnySparseCode = SparseCode | SeededCode
 
 #: Share of the weights that a switch touches, old and new together, from which one pass over all
-#: of them is faster on CUDA. By the sectors of 32 bytes that random weights lie in, a switch in
-#: bfloat16 moves as much as a dense pass without a vector at about 0.06; `bench.gpu.kernels
-#: sparse` measures it. On the CPU a switch is faster at any density.
-DENSE_FROM: Final = 0.06
+#: of them is faster on CUDA, by the bytes of a weight of `out`. Measured on an H200 with random
+#: positions (`bench.gpu.kernels sparse`). On the CPU a switch is faster at any density.
+DENSE_FROM: Final = {2: 0.03, 4: 0.1}
 
 
 def compress_planes(
@@ -105,7 +105,7 @@ def apply_sparse(
     out
         Shape (n,), any of the three dtypes; may be `base` itself.
     backend
-        See `choose_backend`; the CPU has the reference alone.
+        See `choose_backend`.
 
     Raises
     ------
@@ -135,7 +135,9 @@ def switch_sparse(
 ) -> None:
     """From one code to another in place, touching only the weights that either does.
 
-    Where they touch many, one pass over all weights is faster, and is made instead.
+    On CUDA a `SparseCode` writes whole sectors of 32 bytes: weights beside the touched ones are
+    written as they were. Where codes touch many weights, one pass over all is faster, and is made
+    instead.
 
     Parameters
     ----------
@@ -157,7 +159,7 @@ def switch_sparse(
     if out.numel() and out.data_ptr() == base.data_ptr():
         raise MismatchError("out: it is the base itself, which a switch restores from")
     if dense_from is None and out.device.type != "cpu":
-        dense_from = DENSE_FROM
+        dense_from = DENSE_FROM[out.element_size()]
     many = dense_from is not None and density(old) + density(new) >= dense_from
     if many and _planes_of(new) is not None:
         table, rows = _levels(new)
@@ -230,7 +232,8 @@ def _kernels(
     """The module that works on tensors of that device, after they were checked."""
     device = same_device(base=base, out=out, code=code.table)
     check_weights(code.weights, base=base, out=out)
-    pick: Callable[[AnySparseCode], ModuleType] = (
-        _triton if choose_backend(device, backend) == "triton" else _reference
-    )
+    chosen = choose_backend(device, backend)
+    if chosen == "cpu":
+        return cpu_sparse
+    pick: Callable[[AnySparseCode], ModuleType] = _triton if chosen == "triton" else _reference
     return pick(code)

@@ -15,7 +15,7 @@ from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
 from tallstore.codes import TALL_LEVELS
 from tallstore.coding import CodeStats
-from tallstore.decoding import Decoder, predict
+from tallstore.decoding import Decoder
 from tallstore.documents import CODE, BaseDocument
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
@@ -23,6 +23,7 @@ from tallstore.errors import OptionError, TallstoreError
 from tallstore.objects import assemble, build_tensor
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks
+from tallstore.predicting import predict
 from tallstore.scratch import Scratch
 from tallstore.sources.source import Source
 from tallstore.workers import Workers

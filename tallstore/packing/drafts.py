@@ -37,6 +37,8 @@ class Draft:
     """Of `SPARSE`: the least |t| that is touched."""
     stride: int = 0
     """Of `SEEDED`."""
+    left: bool = False
+    """Whether the tensor is left as the base has it: `SPARSE`, and nothing is touched."""
 
     def code(self, factor: float) -> SegmentCode | None:
         """The finished code; None where a level would leave float32."""
@@ -58,6 +60,9 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
     stats
         Sums of the unscaled codes; the error and projection of the scaled ones are put in.
     """
+    if draft.left:
+        stats.error = stats.moved
+        return SegmentCode(draft.segment, SPARSE, (-0.0,))
     if not stats.moved:  # other bits of the same numbers: the base's will do
         levels = (-0.0,) * (1 if draft.form == SPARSE else 1 << draft.bits)
         return SegmentCode(draft.segment, draft.form, levels, draft.stride)

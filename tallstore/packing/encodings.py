@@ -7,7 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from tallstore.codecs import PLANES, RAW, ZSTD, Bytes
+from tallstore.codecs import GUIDED, PLANES, RAW, ZSTD, Bytes
+from tallstore.codecs.guided import DTYPES
 from tallstore.codecs.zstd import compress
 from tallstore.dtypes import itemsize
 from tallstore.engine.chunk import Encoding
@@ -35,8 +36,16 @@ def elements(dtype: str) -> Encoding:
     return BITS
 
 
-def residuals(dtype: str) -> Encoding:
-    """For zigzag differences: the high bytes are mostly zero."""
+def residuals(dtype: str, start: Bytes, *, plain: bool) -> Encoding:
+    """For zigzag differences from the words of `start`: the high bytes are mostly zero.
+
+    Parameters
+    ----------
+    plain
+        Whether readers of format version 1 have to know the codec.
+    """
+    if dtype in DTYPES and not plain:
+        return Encoding(GUIDED, DTYPES[dtype], side=start)
     return Encoding(PLANES, itemsize(dtype))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.catalog import BaseRecord, Catalog, VectorRecord, check_task_name
+from tallstore.decoding import Decoder
+from tallstore.describing import describe
 from tallstore.devices import wanted_device
 from tallstore.documents import BaseDocument, Contents, ExternalReference
 from tallstore.dtypes import CODABLE, itemsize
@@ -40,6 +42,7 @@ from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks, masks_on, tall_span
 from tallstore.packing.planning import Planner
+from tallstore.packing.suggesting import suggest
 from tallstore.packing.target import Target
 from tallstore.packing.tasks import encode_tasks
 from tallstore.packing.vector import CandidateFeed, write_vector
@@ -178,9 +181,8 @@ def pack_zoo(
             with workers() as pool:
                 packing = _Packing(new, base, candidates, pool, Meter(report), external)
                 packing.base_and_vector(rule, vector_dtype, policy(compress))
-                remarks: list[str] = []
                 if options.code == "tall":
-                    packing.masks(lambdas, evaluate, masks, exact=exact)
+                    remarks = packing.masks(lambdas, evaluate, masks, exact=exact)
                 else:
                     remarks = packing.codes(options, evaluate, exact=exact)
             if before_publishing is not None:
@@ -309,8 +311,8 @@ class _Packing:
         masks: SpanMasks,
         *,
         exact: bool,
-    ) -> None:
-        """Choose lambdas and write the tasks as TALL masks."""
+    ) -> list[str]:
+        """Choose lambdas and write the tasks as TALL masks; returns remarks."""
         with self._reading() as (snapshot, _, document, vector):
             if vector is None:
                 raise RuntimeError("masks take a shared vector")
@@ -318,7 +320,28 @@ class _Packing:
                 self._target(snapshot, document, vector, candidate, lambdas, evaluate, masks, exact)
                 for candidate in self._candidates
             ]
-            self._write(snapshot, targets, masks)
+            catalog = self._write(snapshot, targets, masks)
+            decoder = Decoder(snapshot, document)
+            remark = suggest(
+                self._candidates,
+                catalog.tasks,
+                lambda arena, span: decoder.base_and_vector(arena, span)[0],
+                mask_bits=self._mask_bits(catalog, vector),
+            )
+        return [] if remark is None else [remark]
+
+    def _mask_bits(self, catalog: Catalog, vector: VectorRecord) -> float:
+        """Bits a coded weight and task of masks and shared vector, on the disk."""
+        self._new.environment.handles += 1
+        written = Snapshot(self._new.environment)
+        try:
+            found = [describe(written, catalog, task=name).task for name in catalog.tasks]
+            planes = {code.planes for task in found if task for code in task.codes}
+            stored = sum(written.stream(n).stored for n in {*planes, *vector.streams} if n)
+        finally:
+            written.close()
+        coded = sum(task.coded for task in catalog.tasks.values())
+        return 8 * stored / coded if coded else 0.0
 
     def codes(self, options: CodeOptions, evaluate: Evaluate | None, *, exact: bool) -> list[str]:
         """Survey the tasks, and write them with codes of other kinds; returns remarks."""

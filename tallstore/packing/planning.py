@@ -10,18 +10,19 @@ from typing import Final, Protocol
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
+from tallstore.codes import SEEDED, SPARSE
 from tallstore.coding import Floats, to_float32
 from tallstore.decoding import Decoder
 from tallstore.documents import BaseDocument
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
+from tallstore.mergestream.feed import shapes
+from tallstore.packing.allotting import Allotment, Offers, dense_choice
 from tallstore.packing.codeoptions import CodeOptions
-from tallstore.packing.drafting import dense_draft, fixed_drafts, seeded_draft
+from tallstore.packing.drafting import fixed_drafts, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
-from tallstore.packing.leasterror import Offers, dense_choice
-from tallstore.packing.spreading import Spread, least_bits, spread
 from tallstore.packing.surveying import survey_candidate, survey_values
 from tallstore.packing.target import Target
 from tallstore.packing.writing import Progress
@@ -68,6 +69,10 @@ class Planner:
         meter: Meter,
     ) -> None:
         self._decoder = Decoder(snapshot, base, vector=vector if options.shared else None)
+        self._fans = {
+            n: math.prod(shape[1:]) if len(shape) > 1 else 1
+            for n, (_, shape) in shapes(base.contents.tensors, base.contents.segments).items()
+        }
         self._vector = vector
         self._options = options
         self._workers = workers
@@ -170,13 +175,11 @@ class Planner:
                 f"keep={share}: evaluate({candidate.name!r}, ...) gave {whole} for the original; a "
                 "share of it needs a score above 0"
             )
+        offers = Offers(found, options.gain, self._fans)
         target = self._target(candidate, {}, options, True)
         score = -math.inf
         for bits in _LADDER:
-            bought = spread(found, bits)
-            if bought is None:
-                continue
-            drafts = self._buy(candidate, found, bought)
+            drafts = self._buy(candidate, offers.within(bits))
             target = self._target(candidate, drafts, options, False)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
@@ -208,37 +211,31 @@ class Planner:
         if options.max_error is not None:
             return _within_error(candidate.name, Offers(found, options.gain), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        bought = spread(found, bits)
-        if bought is None:
+        offers = Offers(found, options.gain, self._fans)
+        bought = offers.within(bits)
+        if bought.drafts and all(draft.left for draft in bought.drafts.values()):
             raise OptionError(
-                f"bits_per_weight={bits}: task {candidate.name!r} takes "
-                f"{_up(least_bits(found)):g} at least, for its norms, biases and other small "
-                "tensors; give as much"
+                f"bits_per_weight={bits}: that buys nothing of task {candidate.name!r}, which "
+                f"would be the base; give {offers.least_bits():.2g} or more"
             )
-        return self._buy(candidate, found, bought)
+        return self._buy(candidate, bought)
 
-    def _buy(
-        self, candidate: Candidate, found: Mapping[int, Magnitudes], bought: Spread
-    ) -> Mapping[int, Draft]:
-        dense = [dense_draft(n, found[n], bits) for n, bits in bought.dense.items()]
-        values = self._values(candidate, bought.strides) if bought.strides else {}
-        seeded = [
-            seeded_draft(n, seen, bought.value_bits, bought.strides[n])
-            for n, seen in values.items()
-        ]
-        return {draft.segment: draft for draft in (*dense, *seeded) if draft is not None}
-
-
-def _up(bits: float) -> float:
-    """Rounded up, to three digits."""
-    step = 10.0 ** (math.floor(math.log10(bits)) - 2) if bits > 0 else 1.0
-    return math.ceil(bits / step) * step
+    def _buy(self, candidate: Candidate, bought: Allotment) -> Mapping[int, Draft]:
+        """Drafts with all their magnitudes: those of seeded values from the weights picked."""
+        drafts = dict(bought.drafts)
+        seeded = {n: draft for n, draft in drafts.items() if draft.form == SEEDED}
+        values = self._values(candidate, {n: draft.stride for n, draft in seeded.items()})
+        for n, draft in seeded.items():
+            made = seeded_draft(n, values[n], draft.bits, draft.stride) if n in values else None
+            # None of the weights picked had moved: there is nothing to fit to.
+            drafts[n] = made or Draft(n, SPARSE, cut=math.inf, left=True)
+        return drafts
 
 
 def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, Draft]:
     found = offers.erring(max_error)
     if found is None:
-        least = math.sqrt(offers.at(0.0).error / offers.moved)
+        least = math.sqrt(offers.least_error.error / offers.moved)
         raise OptionError(
             f"max_error={max_error}: task {name!r} comes to {least:.3g} with 4 bits for every "
             "weight, and to no less; exact=True (--exact) keeps it bit for bit"

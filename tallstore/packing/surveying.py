@@ -37,6 +37,7 @@ class Moves:
     held: list[Held]
     same: list[bool]
     """Whether the weights of each of `held` are the base's, bit for bit."""
+    base: Floats
 
 
 def span_moves(candidate: Candidate, arena: int, span: int, read: SpanReader) -> Moves:
@@ -48,14 +49,15 @@ def span_moves(candidate: Candidate, arena: int, span: int, read: SpanReader) ->
     width = itemsize(dtype)
     same = [dtype == record.dtype and same_bytes(raw, base, item, width) for item in held]
     if not is_codable(record.dtype):
-        return Moves(np.zeros(0, np.float32), None, raw, held, same)
+        none = np.zeros(0, np.float32)
+        return Moves(none, None, raw, held, same, none)
     base32, own32 = to_float32(base, record.dtype), to_float32(raw, dtype)
     moves = np.zeros(base32.size, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         for item in held:
             some = slice(item.start, item.stop)
             np.subtract(own32[some], base32[some], out=moves[some])
-    return Moves(moves, vector, raw, held, same)
+    return Moves(moves, vector, raw, held, same, base32)
 
 
 def coded_spans(candidate: Candidate) -> Iterator[tuple[int, int]]:
@@ -93,6 +95,8 @@ def survey_candidate(
             some = slice(held.start, held.stop)
             part = Magnitudes(0)
             part.same = same
+            start = seen.base[some]
+            part.start = float(np.einsum("i,i->", start, start))
             if not same:
                 vector = seen.vector if shared else None
                 part.add(seen.moves[some], None if vector is None else vector[some])

@@ -1,0 +1,119 @@
+"""How fast a task is live: switched in place, beside reloading its checkpoint; one run.
+
+``python -m bench.serving [--cache DIR] [--zoo DIR] [--code CODE ...]``. The MiniLM zoo in float32,
+warm files. A switch with resident codes against ``safetensors`` + ``load_state_dict`` and
+``torch.load`` + ``load_state_dict`` of the same task into a model that is there already, by turns,
+each time another task than the one before. What is switched to is checked first, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import tallstore
+from bench.rows import write
+from bench.timing import by_turns
+from bench.zoos.minilm import Zoo, classifier, zoo
+from tallstore.serving import TaskSwitcher
+
+RIVALS = ("safetensors + load_state_dict", "torch.load + load_state_dict")
+
+
+def _check(switcher: TaskSwitcher, store: Path) -> None:
+    for task in switcher.tasks:
+        switcher.switch(task)
+        wanted = tallstore.load(store, task=task)
+        found = switcher.model.state_dict()
+        if not all(torch.equal(found[name], tensor) for name, tensor in wanted.items()):
+            raise SystemExit(f"{task}: switching gives other weights than loading")
+
+
+def _reloading(
+    states: dict[str, Path], base: Path, suffix: str, read: Callable[[Path], Any]
+) -> Callable[[], None]:
+    """Reload one task after the other, each into a model of its own that is there."""
+    models = {
+        task: classifier(load_file(path / "model.safetensors"), base)
+        for task, path in states.items()
+    }
+    turn = itertools.cycle(states)
+
+    def reload() -> None:
+        task = next(turn)
+        models[task].load_state_dict(read(states[task] / f"model.{suffix}"))
+
+    return reload
+
+
+def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
+    """Rows of one code."""
+    store = folder / f"{code}.tall"
+    tallstore.pack(store, found.base, found.tasks, code=code)
+    originals = {}
+    for task, path in found.tasks.items():
+        originals[task] = folder / task
+        originals[task].mkdir(exist_ok=True)
+        state = load_file(path / "model.safetensors")
+        torch.save(state, originals[task] / "model.pt")
+        target = originals[task] / "model.safetensors"
+        target.unlink(missing_ok=True)
+        target.symlink_to(path / "model.safetensors")
+    first = next(iter(found.tasks.values())) / "model.safetensors"
+    model = classifier(load_file(first), found.base)
+    with TaskSwitcher(model, store) as switcher:
+        _check(switcher, store)
+        turn = itertools.cycle(switcher.tasks)
+        times = by_turns(
+            {
+                "switch": lambda: switcher.switch(next(turn)),
+                RIVALS[0]: _reloading(originals, found.base, "safetensors", load_file),
+                RIVALS[1]: _reloading(originals, found.base, "pt", torch.load),
+            },
+            repeats=9,
+            burst=4,
+        )
+        need = switcher.need()
+    mine = times["switch"]["median"]
+    rival = min(times[name]["median"] for name in RIVALS)
+    for name, spent in times.items():
+        print(f"{code:<8}{name:<34}{spent['median'] * 1e3:>9.1f} ms", flush=True)
+    print(f"{'':<8}{rival / mine:.1f} times faster than the faster of the two", flush=True)
+    return [
+        {
+            "what": "switch",
+            "code": code,
+            "seconds": times,
+            "faster": rival / mine,
+            "tasks": len(found.tasks),
+            "base_bytes": need.base,
+            "vector_bytes": need.vector,
+            "codes_bytes": need.codes,
+        }
+    ]
+
+
+def main() -> None:
+    """Measure, print, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=None)
+    parser.add_argument("--zoo", type=Path, help="a directory of trained tasks to take as it is")
+    parser.add_argument("--code", nargs="+", default=["tall", "signs", "seeded"])
+    args = parser.parse_args()
+    found = Zoo.at(args.zoo) if args.zoo else zoo(args.cache)
+    rows: list[dict[str, Any]] = []
+    for code in args.code:
+        with tempfile.TemporaryDirectory(dir=args.cache) as name:
+            rows += measure(found, code, Path(name))
+    print(write("serving", rows))
+
+
+if __name__ == "__main__":
+    main()

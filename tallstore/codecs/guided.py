@@ -1,0 +1,357 @@
+"""Differences from words that the reader has: what a difference is likely to be, they tell.
+
+The raw bytes are zigzag differences of float bit patterns from those of `side`, as
+`tallstore.coding.residual` makes them. How large one is follows from two things: how far its
+neighbours moved, stored as a class for every block of 128; and the exponent of its word of `side`,
+whose last place is the unit that it is counted in. Their ratio, in half octaves, is the context of
+a difference. Differences are sorted by context, stably, and those of one context written together:
+the lowest `shift` bits, which are noise, as they are; what is left as symbols of 1, 2, 4 or 8 bits,
+Huffman-coded a byte at a time.
+
+Of float32, weights that no gradient reached have often decayed: all by one factor, which each
+difference would tell again. So differences are taken from ``side * factor`` instead, rounded.
+
+Payload: see FORMAT.md. `parameter` is the dtype: 1 bfloat16, 2 float16, 3 float32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tallstore.codecs import zstd
+from tallstore.codecs.bodies import BodyReader, BodyWriter
+from tallstore.codecs.codec import Bytes
+from tallstore.codecs.ordered import Words, ordered, unordered, unzigzag, zigzag
+from tallstore.errors import CorruptStoreError
+
+__all__ = ["DTYPES", "GuidedCodec"]
+
+#: Weights a block, all of one class.
+_BLOCK: Final = 128
+#: Weights that are sorted at a time: few enough for the cache, which makes it ten times faster.
+_PIECE: Final = 1 << 15
+#: Contexts; 0 is a block without a difference, of which nothing is stored.
+_CONTEXTS: Final = 64
+#: No class is as far from 1 as this.
+_FARTHEST: Final = 1024
+#: Context of a mean difference of one last place.
+_ONE: Final = 10
+#: A mean of so much is as large as symbols of a byte should be: few reach 255.
+_LARGE: Final = 48
+
+# words, factor, first class, groups, overflows
+_HEAD: Final = struct.Struct("<IfhHI")
+# context, shift, width, zero, words
+_GROUP: Final = struct.Struct("<BBBBI")
+
+_Contexts = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Float:
+    """Where a float's exponent is."""
+
+    word: type[np.unsignedinteger[Any]]
+    mantissa: int
+    exponent: int
+
+    @property
+    def unit(self) -> int:
+        """A float of biased exponent e has a last place of ``2 ** (e - unit)``."""
+        return self.mantissa + (1 << self.exponent - 1) - 1
+
+    def floats(self, words: Words) -> npt.NDArray[np.float64]:
+        """Their values."""
+        if self.mantissa == 7:
+            return (words.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+        floats: Any = np.float16 if self.mantissa == 10 else np.float32
+        values: npt.NDArray[np.float64] = words.view(floats).astype(np.float64)
+        return values
+
+    def exponents(self, words: Words) -> Words:
+        """Biased exponents; subnormals have the unit of the least normal number."""
+        found: Words = words >> self.word(self.mantissa) & self.word((1 << self.exponent) - 1)
+        np.maximum(found, self.word(1), out=found)
+        return found
+
+
+#: `parameter` by dtype.
+DTYPES: Final = MappingProxyType({"bfloat16": 1, "float16": 2, "float32": 3})
+
+_FLOATS: Final = {
+    1: _Float(np.uint16, 7, 8),
+    2: _Float(np.uint16, 10, 5),
+    3: _Float(np.uint32, 23, 8),
+}
+
+
+class GuidedCodec:
+    """Differences from words that the reader has; see the module's text."""
+
+    number: Final[int] = 4
+
+    def encode(
+        self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
+    ) -> bytes | None:
+        """Class, sort, write group by group; None too where there is no `side` of that size."""
+        if side is None or side.size != data.size or not data.size:
+            return None
+        kind = _FLOATS[parameter]
+        words, known = data.view(kind.word), side.view(kind.word)
+        factor = np.float32(1)
+        if parameter == 3:
+            factor = _factor(words, known)
+            if factor != 1:
+                words = zigzag(unzigzag(words) - _decay(known, factor))
+        first, classes = _classes(kind, words, known, factor)
+        groups: list[list[Words]] = [[] for _ in range(_CONTEXTS)]
+        for at, order, counts in _pieces(kind, known, first, classes):
+            ends = np.cumsum(counts)
+            for context, part in enumerate(np.split(words[at][order], ends[:-1])):
+                groups[context].append(part)
+        bodies = BodyWriter()
+        bodies.add(classes)
+        heads, overflows = [], []
+        for context, parts in enumerate(groups[1:], 1):
+            group = np.concatenate(parts)
+            if group.size:
+                shift, width, over = _write(group, bodies)
+                overflows.append(over)
+                heads.append(_GROUP.pack(context, shift, width, 0, group.size))
+        over = np.concatenate([np.zeros(0, np.uint32), *overflows])
+        bodies.add(np.ascontiguousarray(over.view(np.uint8).reshape(-1, 4).T).ravel())
+        head = _HEAD.pack(words.size, factor, first, len(heads), over.size)
+        payload = head + b"".join(heads) + bodies.to_bytes()
+        return payload if len(payload) <= (1 - min_gain) * data.size else None
+
+    def decode(
+        self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None
+    ) -> None:
+        """Read the groups, and put each difference in its place."""
+        kind = _FLOATS.get(parameter)
+        if kind is None:
+            raise CorruptStoreError(f"differences of dtype {parameter} do not exist")
+        if side is None or side.size != out.size or out.size % kind.word().itemsize:
+            raise CorruptStoreError("differences without the words that they are from")
+        words, known = out.view(kind.word), side.view(kind.word)
+        factor, first, classes, groups = _read(payload, words.size, kind)
+        if parameter != 3 and factor != 1:
+            raise CorruptStoreError(f"a factor of {factor} where there is none")
+        taken = [0] * _CONTEXTS
+        for at, order, counts in _pieces(kind, known, first, classes):
+            parts = [np.zeros(counts[0], kind.word)]
+            for context in np.flatnonzero(counts[1:]) + 1:
+                start = taken[context]
+                taken[context] = stop = start + int(counts[context])
+                parts.append(groups[context][start:stop])
+            found = np.concatenate(parts)
+            if found.size != order.size:
+                raise CorruptStoreError("groups of differences are too short")
+            here = words[at]
+            here[order] = found
+            if factor != 1:
+                here[:] = zigzag(unzigzag(here) + _decay(known[at], factor))
+        if [group.size for group in groups] != taken:
+            raise CorruptStoreError("groups of differences are too long")
+
+
+def _pieces(
+    kind: _Float, known: Words, first: int, classes: Bytes
+) -> Iterator[tuple[slice, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """For each piece: where it is, its order by context, and how many words each context has."""
+    # Half octaves of the mean difference, counted in the last places of each word.
+    scale = (classes.astype(np.int16) + np.int16(first + 2 * kind.unit + _ONE))[:, None]
+    for start in range(0, known.size, _PIECE):
+        at = slice(start, min(start + _PIECE, known.size))
+        blocks = slice(start // _BLOCK, -(-at.stop // _BLOCK))
+        some = np.zeros(-(-(at.stop - start) // _BLOCK) * _BLOCK, np.int16)
+        np.copyto(some[: at.stop - start], kind.exponents(known[at]), casting="unsafe")
+        ratio = scale[blocks] - (some.reshape(-1, _BLOCK) << np.int16(1))
+        np.clip(ratio, 1, _CONTEXTS - 1, out=ratio)
+        np.copyto(ratio, 0, where=(classes[blocks] == 0)[:, None])
+        contexts = ratio.ravel()[: at.stop - start].astype(np.uint8)
+        yield at, np.argsort(contexts, kind="stable"), np.bincount(contexts, minlength=_CONTEXTS)
+
+
+def _classes(kind: _Float, words: Words, known: Words, factor: np.float32) -> tuple[int, Bytes]:
+    """The class before the first one, and one for each block; 0 where nothing differs.
+
+    By how far floats moved, not by the differences: those across zero are huge.
+    """
+    start = known if factor == 1 else unordered(ordered(known) + _decay(known, factor))
+    with np.errstate(all="ignore"):
+        far = np.abs(kind.floats(unordered(ordered(start) + unzigzag(words))) - kind.floats(start))
+    np.copyto(far, 0, where=~np.isfinite(far))
+    mean = _by_block(far).mean(axis=1)
+    classes: Bytes = np.asarray(_by_block(words).any(axis=1), np.uint8)
+    moved = mean > 0
+    if not moved.any():
+        return 0, classes
+    octaves = np.rint(2 * np.log2(mean[moved])).astype(np.int64)
+    first = max(int(octaves.min()) - 1, int(octaves.max()) - 255)
+    classes[moved] = np.maximum(octaves - first, 1)
+    return first, classes
+
+
+def _by_block(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.pad(values, (0, -values.size % _BLOCK)).reshape(-1, _BLOCK)
+
+
+def _factor(words: Words, known: Words) -> np.float32:
+    """What weights that have merely decayed were multiplied by; 1 where few have."""
+    floats = known.view(np.float32)
+    count = floats.size // _BLOCK * _BLOCK
+    with np.errstate(all="ignore"):
+        actual = unordered(ordered(known) + unzigzag(words)).view(np.float32)
+        one = floats[:count].reshape(-1, _BLOCK).astype(np.float64)
+        other = actual[:count].reshape(-1, _BLOCK).astype(np.float64)
+        square, moved = (one * one).sum(axis=1), np.square(other - one).sum(axis=1)
+        ratio = (one * other).sum(axis=1) / square
+        left = np.square(other - ratio[:, None] * one).sum(axis=1)
+        decayed = (left < 0.01 * moved) & (np.abs(ratio - 1) < 0.1)
+    if np.count_nonzero(decayed) * 64 <= decayed.size:
+        return np.float32(1)
+    return np.float32(np.median(ratio[decayed]))
+
+
+def _decay(known: Words, factor: np.float32) -> Words:
+    """``known * factor`` in places after `known`, whatever is not finite left as it is."""
+    with np.errstate(all="ignore"):
+        scaled = (known.view(np.float32) * factor).view(np.uint32)
+    difference = ordered(scaled) - ordered(known)
+    special = known & np.uint32(0x7F800000) == np.uint32(0x7F800000)
+    np.copyto(difference, 0, where=special)
+    return difference
+
+
+def _write(group: Words, bodies: BodyWriter) -> tuple[int, int, npt.NDArray[np.uint32]]:
+    """Add the bodies of a group; its shift, its width, and what its symbols could not hold."""
+    mean = float(group.mean(dtype=np.float64))
+    shift = 0
+    while mean > _LARGE << shift and shift < 8 * group.itemsize - 8:
+        shift += 2
+    high = group >> group.dtype.type(shift)
+    widths = [8]
+    if not shift:
+        widths += [w for w, most in ((4, 6.0), (2, 1.5), (1, 0.2)) if mean < most]
+    best: tuple[int, int, Bytes] | None = None
+    for width in widths:
+        most = (1 << width) - 1
+        symbols = _join(np.minimum(high, group.dtype.type(most)).astype(np.uint8), width)
+        frame = zstd.literals(symbols)
+        cost = min(len(frame), symbols.size) + 2 * int(np.count_nonzero(high >= most))
+        if best is None or cost < best[0]:
+            best = cost, width, symbols
+    assert best is not None
+    _, width, symbols = best
+    most = (1 << width) - 1
+    bodies.add(symbols)
+    for place, bits in _low(shift):
+        low = (group >> group.dtype.type(place)).astype(np.uint8) & np.uint8((1 << bits) - 1)
+        bodies.add(_join(low, bits))
+    over = high[high >= most].astype(np.uint32) - np.uint32(most)
+    return shift, width, over
+
+
+def _read(
+    payload: memoryview, count: int, kind: _Float
+) -> tuple[np.float32, int, Bytes, list[Words]]:
+    """The factor, the class before the first, the classes, and the words of each context."""
+    if len(payload) < _HEAD.size:
+        raise CorruptStoreError("a payload of differences ends within its head")
+    words, factor, first, groups, overflows = _HEAD.unpack_from(payload)
+    if words != count or groups >= _CONTEXTS or overflows > count:
+        raise CorruptStoreError(
+            f"{words} differences in {groups} groups where {count} are expected"
+        )
+    start = _HEAD.size + groups * _GROUP.size
+    if not -_FARTHEST <= first <= _FARTHEST:
+        raise CorruptStoreError(f"differences of a size that no float has: class {first}")
+    if len(payload) < start:
+        raise CorruptStoreError("a payload of differences ends within its groups")
+    bodies = BodyReader(payload[start:])
+    classes = bodies.take(-(-count // _BLOCK))
+    found: list[Words] = [np.zeros(0, kind.word)] * _CONTEXTS
+    held, waiting, before, total = [], [], 0, 0
+    for number in range(groups):
+        head = _GROUP.unpack_from(payload, _HEAD.size + number * _GROUP.size)
+        context, shift, width, zero, size = head
+        total += size
+        known = width in (1, 2, 4, 8) and shift % 2 == 0 and shift < 8 * kind.word().itemsize
+        if not before < context < _CONTEXTS or zero or not known or not size or total > count:
+            raise CorruptStoreError(f"a group of differences that cannot be: {head}")
+        before = context
+        symbols = _part(bodies.take(-(-size * width // 8)), width, size)
+        low = [
+            (place, _part(bodies.take(-(-size * bits // 8)), bits, size))
+            for place, bits in _low(shift)
+        ]
+        group = symbols.astype(kind.word)
+        over = np.flatnonzero(symbols == (1 << width) - 1)
+        held.append((context, shift, group, low))
+        waiting.append(over)
+    planes = bodies.take(4 * overflows).reshape(4, -1)
+    bodies.finish()
+    over_words = np.ascontiguousarray(planes.T).view("<u4").ravel()
+    if sum(over.size for over in waiting) != overflows:
+        raise CorruptStoreError("differences too large for their symbols: another number of them")
+    taken = 0
+    for (context, shift, group, low), over in zip(held, waiting, strict=True):
+        group[over] += over_words[taken : taken + over.size].astype(kind.word)
+        taken += over.size
+        if shift:
+            np.left_shift(group, kind.word(shift), out=group)
+        for place, part in low:
+            group |= part.astype(kind.word) << kind.word(place)
+        found[context] = group
+    return np.float32(factor), first, classes, found
+
+
+def _low(shift: int) -> list[tuple[int, int]]:
+    """How the lowest bits are cut: (place, bits) of each part."""
+    parts, place = [], 0
+    for bits in (8, 4, 2):
+        while shift - place >= bits:
+            parts.append((place, bits))
+            place += bits
+    return parts
+
+
+def _join(symbols: Bytes, width: int) -> Bytes:
+    """Symbols of `width` bits in bytes, the first in the lowest bits."""
+    if width == 8:
+        return symbols
+    if width == 1:
+        return np.packbits(symbols, bitorder="little")
+    rows = np.pad(symbols, (0, -symbols.size % (8 // width))).reshape(-1, 8 // width)
+    joined = rows[:, 0].copy()
+    for place in range(1, 8 // width):
+        joined |= rows[:, place] << np.uint8(width * place)
+    return joined
+
+
+def _part(joined: Bytes, width: int, count: int) -> Bytes:
+    """The inverse of `_join`."""
+    if width == 8:
+        return joined
+    if width == 1:
+        return np.unpackbits(joined, count=count, bitorder="little")
+    # All symbols of a byte at once, as the bytes of a little-endian word.
+    if width == 4:
+        wide: Words = joined.astype("<u2")
+        wide |= wide << np.uint16(4)
+        wide &= np.uint16(0x0F0F)
+    else:
+        wide = joined.astype("<u4")
+        wide |= wide << np.uint32(12)
+        wide |= wide << np.uint32(6)
+        wide &= np.uint32(0x03030303)
+    parts: Bytes = wide.view(np.uint8)[:count]
+    return parts

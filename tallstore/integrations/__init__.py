@@ -1,0 +1,1 @@
+"""tallstore with other libraries; each is imported when it is asked for."""

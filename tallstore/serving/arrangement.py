@@ -1,0 +1,139 @@
+"""Where the coded weights of an arena go, worked out once for all tasks that put them there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from tallstore.ops import Places, place, reconstruct
+from tallstore.scratch import Scratch
+from tallstore.serving.planning import Run
+
+__all__ = ["Arrangement", "Cut", "arrange"]
+
+#: Weights a cut: threads share large tensors.
+_CUT: Final = 1 << 20
+#: Tensors of fewer weights are reconstructed together and copied: a call costs more than they do.
+_SMALL: Final = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Weights that one call reconstructs on the CPU."""
+
+    low: int
+    high: int
+    row: int
+    """Of the levels."""
+    base: torch.Tensor
+    vector: torch.Tensor | None
+    out: torch.Tensor | None
+    """Where they go; None: to `pieces`."""
+    pieces: tuple[tuple[int, int, torch.Tensor], ...] = ()
+    """(first, counted in the cut; row; tensor) of small tensors."""
+
+    def reconstruct(
+        self,
+        there: Arrangement,
+        planes: torch.Tensor,
+        levels: Sequence[tuple[float, ...]],
+        scratch: Scratch,
+    ) -> int:
+        """Write the weights; returns the bytes read and written."""
+        part = planes[:, self.low // 8 : (self.high + 7) // 8]
+        moved = self.base.nbytes + part.nbytes + (0 if self.vector is None else self.vector.nbytes)
+        if self.out is not None:
+            row = levels[self.row]
+            reconstruct(self.base, part, self.vector, row, self.out, scratch=scratch)
+            return moved + self.out.nbytes
+        alike = all(levels[row] == levels[self.row] for _, row, _ in self.pieces)
+        if alike:
+            dtype = self.pieces[0][2].dtype
+            raw = scratch.take("serving: small", self.base.numel() * dtype.itemsize)
+            whole = torch.from_numpy(raw).view(dtype)
+            row = levels[self.row]
+            reconstruct(self.base, part, self.vector, row, whole, scratch=scratch)
+        for first, row_number, out in self.pieces:
+            stop = first + out.numel()
+            if alike:
+                out.copy_(whole[first:stop])
+            else:
+                step = None if self.vector is None else self.vector[first:stop]
+                bits = part[:, first // 8 : (stop + 7) // 8]
+                row = levels[row_number]
+                reconstruct(self.base[first:stop], bits, step, row, out, scratch=scratch)
+            moved += out.nbytes
+        return moved
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """An arena of the base and the tensors that its coded weights go to."""
+
+    base: torch.Tensor
+    vector: torch.Tensor | None
+    runs: tuple[Run, ...]
+    places: Places | None
+    """On CUDA."""
+    cuts: tuple[Cut, ...]
+    """On the CPU."""
+    moved: int
+    """Bytes that a reconstruction reads and writes, the planes' aside."""
+
+
+def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> Arrangement:
+    """Work out how runs of an arena are reconstructed on the device that they are on.
+
+    Parameters
+    ----------
+    runs
+        At least one; their first weights are multiples of 1024.
+    base, vector
+        The arenas.
+    """
+    ordered = tuple(sorted(runs, key=lambda run: run.first))
+    weights = sum(run.out.numel() for run in ordered)
+    wide = base.element_size() + (0 if vector is None else vector.element_size())
+    moved = weights * wide + sum(run.out.nbytes for run in ordered)
+    if base.device.type == "cpu":
+        return Arrangement(base, vector, ordered, None, tuple(_cuts(ordered, base, vector)), moved)
+    places = place([(run.first, run.out) for run in ordered], base.numel())
+    return Arrangement(base, vector, ordered, places, (), moved)
+
+
+def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> list[Cut]:
+    made: list[Cut] = []
+    small: list[tuple[int, Run]] = []
+
+    def cut(
+        low: int,
+        high: int,
+        row: int,
+        out: torch.Tensor | None,
+        pieces: Sequence[tuple[int, int, torch.Tensor]] = (),
+    ) -> None:
+        step = None if vector is None else vector[low:high]
+        made.append(Cut(low, high, row, base[low:high], step, out, tuple(pieces)))
+
+    def flush() -> None:
+        if small:
+            low, high = small[0][1].first, small[-1][1].stop
+            pieces = [(run.first - low, row, run.out) for row, run in small]
+            cut(low, high, small[0][0], None, pieces)
+            small.clear()
+
+    for row, run in enumerate(runs):
+        if run.out.numel() < _SMALL:
+            if small and run.stop - small[0][1].first > _SMALL:
+                flush()
+            small.append((row, run))
+            continue
+        flush()
+        for start in range(0, run.out.numel(), _CUT):
+            stop = min(start + _CUT, run.out.numel())
+            cut(run.first + start, run.first + stop, row, run.out[start:stop])
+    flush()
+    return made

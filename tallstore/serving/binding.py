@@ -1,0 +1,192 @@
+"""Which of a task's tensors go where in a model; whatever does not fit is named."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+
+from tallstore.documents import OWN, Contents, TaskDocument
+from tallstore.dtypes import torch_dtype
+from tallstore.errors import MismatchError
+from tallstore.matching import common_prefix, renamed
+from tallstore.serving.model import Model
+from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
+
+__all__ = ["Binding", "Private", "bind"]
+
+#: What happens to tensors of a task's own whose shape is not the model's.
+Private = Literal["replace", "skip"]
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where the tensors of a task go."""
+
+    whole: Mapping[int, tuple[torch.Tensor, ...]]
+    """By segment: flat tensors that are to become all of it."""
+    views: tuple[tuple[TensorSpec, torch.Tensor], ...]
+    """Tensors that are not simply all of their segment, or that do not lie in one piece."""
+    twice: tuple[tuple[tuple[str, int], tuple[str, int]], ...]
+    """Tensors that the model ties and the task has apart: (name, segment) of both."""
+    targets: Mapping[str, torch.Tensor]
+    """All of these tensors, by the names that the task has for them."""
+    heads: Mapping[str, torch.Tensor]
+    """Tensors to put into the model, by name."""
+    skipped: tuple[str, ...]
+
+
+def bind(
+    what: str, task: TaskDocument, model: Model, *, private: Private, ignore: Sequence[str]
+) -> Binding:
+    """Find the place of every tensor of a task.
+
+    Parameters
+    ----------
+    what
+        For messages: the store and the task.
+    private
+        See `TaskSwitcher`.
+    ignore
+        Shell patterns of names, of either side, to leave alone.
+
+    Raises
+    ------
+    MismatchError
+        The model has other tensors, other shapes or other dtypes; the message names them.
+    """
+    return _Binder(what, task, model, private, ignore).bind()
+
+
+class _Binder:
+    def __init__(
+        self, what: str, task: TaskDocument, model: Model, private: Private, ignore: Sequence[str]
+    ) -> None:
+        self._what = what
+        self._task = task
+        self._model = model
+        self._private = private
+        self._ignore = ignore
+        self._problems: list[str] = []
+        self._skipped: list[str] = []
+        self._heads: dict[str, torch.Tensor] = {}
+        self._names: dict[str, str] = {}
+        self._found: dict[str, tuple[TensorSpec, torch.Tensor]] = {}
+
+    def bind(self) -> Binding:
+        specs = _named(self._task.contents)
+        prefix = common_prefix(list(specs), self._model.tensors)
+        for name, spec in specs.items():
+            place = renamed(name, prefix)
+            if not self._ignored(name, place):
+                self._names[place] = name
+                self._place(place, spec)
+        self._check_whole()
+        if self._problems:
+            more = len(self._problems) - _SHOWN
+            listed = "; ".join(self._problems[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+            raise MismatchError(f"{self._what}: the model does not fit: {listed}")
+        return self._binding()
+
+    def _ignored(self, *names: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self._ignore)
+
+    def _place(self, name: str, spec: TensorSpec) -> None:
+        """Find the place of one tensor."""
+        tensor = self._model.tensors.get(name)
+        own = [part.kind == OWN for part in self._task.parts[spec.segment]]
+        if tensor is None:
+            if self._private == "skip" and all(own):
+                self._skipped.append(name)
+            else:
+                self._problem(f"{name!r} {list(spec.shape)} is not in the model; ignore= leaves it")
+            return
+        dtype = torch_dtype(spec.dtype)
+        if tensor.dtype != dtype:
+            self._problem(f"{name!r} is {tensor.dtype} in the model, {dtype} in the store")
+            return
+        if tuple(tensor.shape) != spec.shape:
+            shapes = f"{name!r} has shape {list(tensor.shape)} in the model, {list(spec.shape)}"
+            if not any(own):
+                self._problem(f"{shapes} in the store")
+                return
+            if self._private == "skip":
+                self._skipped.append(name)
+                return
+            why = self._model.why_not_replaced(name)
+            if why:
+                self._problem(f"{shapes} in the task, and {why}, or private='skip'")
+                return
+            tensor = self._model.head(name, spec.shape)
+            self._heads.update(dict.fromkeys(self._model.sharing(name), tensor))
+        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            self._problem(f"{name!r} is expanded in the model: its elements share memory")
+        self._found[name] = (replace(spec, name=name), tensor.detach())
+
+    def _check_whole(self) -> None:
+        """Nothing of the model may be left over from the task before."""
+        covered = {_address(self._model.tensors[name]) for name in self._found}
+        for name, tensor in self._model.tensors.items():
+            reached = name in self._found or _address(tensor) in covered or not tensor.numel()
+            if reached or name in self._skipped or self._ignored(name):
+                continue
+            if self._private == "skip":
+                self._skipped.append(name)
+            else:
+                self._problem(f"the task has no {name!r} {list(tensor.shape)} ; ignore= leaves it")
+
+    def _problem(self, text: str) -> None:
+        self._problems.append(text)
+
+    def _binding(self) -> Binding:
+        segments = self._task.contents.segments
+        whole: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        views, twice = [], []
+        targets: dict[str, torch.Tensor] = {}
+        taken: dict[tuple[int, ...], str] = {}
+        for name, (spec, tensor) in self._found.items():
+            other = taken.setdefault(_address(tensor), name)
+            if other != name and tensor.numel():
+                first = self._found[other][0]
+                if first.segment != spec.segment:
+                    twice.append(((other, first.segment), (name, spec.segment)))
+                continue
+            targets[self._names[name]] = tensor
+            if _is_whole(spec, segments[spec.segment]) and tensor.is_contiguous():
+                whole[spec.segment][tensor.data_ptr()] = tensor.view(-1)
+            else:
+                views.append((spec, tensor))
+        return Binding(
+            whole={segment: tuple(outs.values()) for segment, outs in whole.items()},
+            views=tuple(views),
+            twice=tuple(twice),
+            targets=targets,
+            heads=self._heads,
+            skipped=tuple(self._skipped),
+        )
+
+
+def _named(contents: Contents) -> dict[str, TensorSpec]:
+    flat = contents.flat()
+    names = contents.names() if flat is None else flat
+    return {name: contents.tensors[number] for name, number in names.items()}
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, ...]:
+    """What two tensors have in common that are the same elements."""
+    return (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+
+
+def _is_whole(spec: TensorSpec, segment: SegmentSpec) -> bool:
+    return (
+        spec.dtype == segment.dtype
+        and spec.numel == segment.numel
+        and spec.offset == 0
+        and spec.stride == contiguous_stride(spec.shape)
+        and not (spec.conj or spec.neg)
+    )

@@ -1,0 +1,410 @@
+"""A live model that is switched between the tasks of a store, in place."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tallstore.devices import wanted_device
+from tallstore.errors import OptionError, StoreClosedError, StoreLockedError, UnknownTaskError
+from tallstore.serving.binding import Private
+from tallstore.serving.model import Model
+from tallstore.serving.offer import Choice, Offer, listed
+from tallstore.serving.planning import Plan
+from tallstore.serving.results import Need, Residency, Source, Switch
+from tallstore.serving.stock import Stock
+from tallstore.serving.turns import Request, Turns
+from tallstore.serving.writer import Writer
+from tallstore.store import StorePath, TallStore
+from tallstore.workers import workers
+
+__all__ = ["TaskSwitcher"]
+
+_RESIDENT = ("all", "masks-on-host", "stream")
+
+
+class TaskSwitcher:
+    """Switches a model between tasks, in place and in milliseconds.
+
+    The base, and the shared vector if a task uses it, are kept on the model's device; each task's
+    code there too, or in the host's memory, or in the store. After ``switch("math")`` the model's
+    tensors are what ``tallstore.load(store, task="math")`` gives, bit for bit, in the storages that
+    they have: CUDA graphs, compiled modules and optimizers go on with them. Safe to share between
+    threads.
+
+    Parameters
+    ----------
+    model
+        A ``torch.nn.Module``, compiled or not, or a dict of tensors by name, filled in place.
+        Dtypes must be those of the store.
+    store
+        A store's path, or an open one; the switcher opens it for itself.
+    device
+        Where everything is done; it must be the model's. None: where the model is.
+    resident
+        ``"all"``: the codes of all tasks are on the device. ``"masks-on-host"``: they are in
+        (pinned) memory of the host, and those used last on the device. ``"stream"``: they are read
+        from the store, and those used last kept on the device.
+    budget
+        Bytes of codes on the device, beside base and shared vector. None: no limit where
+        ``"all"``, else room for two: the live task's and the next. A task of which ``"stream"``
+        keeps nothing, since its code is larger, is decoded straight into the model.
+    tasks
+        The tasks to serve; None: all that the store has.
+    fidelity
+        None: with the exact tier, for tasks that have it; ``"codes"``: by codes alone, for tasks
+        that have codes. The exact weights of a task take as much memory as the model.
+    private
+        What to do where a task has a tensor of its own, such as a head, in another shape than the
+        model: ``"replace"`` puts a parameter of that shape into the module, the same each time;
+        ``"skip"`` leaves the model's.
+    ignore
+        Shell patterns of tensors to leave alone: those that only the store has, or only the model.
+    external_base
+        See `tallstore.open`.
+
+    Raises
+    ------
+    MismatchError
+        The model has other tensors, shapes or dtypes than a task, or is elsewhere; nothing was
+        written.
+    UnknownTaskError, OptionError, StoreNotFoundError, NotAStoreError, CorruptStoreError
+    DeviceError
+        The device is not there, or too small; the message says how much each choice takes.
+
+    Examples
+    --------
+    >>> switcher = TaskSwitcher(model, "zoo.tall")  # doctest: +SKIP
+    >>> switcher.switch("math").ms  # doctest: +SKIP
+    12.3
+    >>> with switcher.use("code") as model:  # many threads may; each has it for itself
+    ...     answer = model(question)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        store: StorePath | TallStore,
+        *,
+        device: torch.device | str | None = None,
+        resident: Residency = "all",
+        budget: int | None = None,
+        tasks: Iterable[str] | None = None,
+        fidelity: str | None = None,
+        private: Private = "replace",
+        ignore: Iterable[str] = (),
+        external_base: StorePath | None = None,
+    ) -> None:
+        _check_options(resident, budget, fidelity, private)
+        self._model = Model(model, None if device is None else wanted_device(device))
+        wanted_device(self._model.device)
+        self._choice = Choice(
+            tasks=listed(tasks), fidelity=fidelity, private=private, ignore=listed(ignore) or ()
+        )
+        opened = store if isinstance(store, TallStore) else None
+        self._path = store.path if isinstance(store, TallStore) else store
+        self._base_at = opened._base_at if opened is not None else external_base
+        self.resident: Residency = resident
+        self._budget = budget
+        self._turns = Turns()
+        self._task: str | None = None
+        self._closed = False
+        self._ahead: ThreadPoolExecutor | None = None
+        with ExitStack() as stack:
+            self._pool = stack.enter_context(workers())
+            self._writer = Writer(self._model.device, self._pool)
+            self._stock = self._open(stack)
+            self._stack = stack.pop_all()
+
+    def _open(self, stack: ExitStack, older: Stock | None = None) -> Stock:
+        """The store as it is now, in memory as far as was asked for."""
+        try:
+            store = TallStore(self._path, external_base=self._base_at)
+        except StoreLockedError:
+            if older is None:
+                raise
+            # Another file is in its place: it cannot be opened while this one is.
+            older.offer.store.close()
+            store = TallStore(self._path, external_base=self._base_at)
+        stack.callback(store.close)
+        return Stock(
+            Offer(store, self._model, self._choice, self._pool),
+            self._model.device,
+            resident=self.resident,
+            budget=self._budget,
+            writer=self._writer,
+            older=older,
+        )
+
+    # -- what there is --------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """The model, as it was given."""
+        return self._model.given
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that can be switched to."""
+        return tuple(self._stock.offer.plans)
+
+    @property
+    def live(self) -> str | None:
+        """The task that the model is; None before the first switch, or if one failed halfway."""
+        return self._task
+
+    @property
+    def on_device(self) -> tuple[str, ...]:
+        """The tasks whose codes are on the device, the one used last at the end."""
+        return self._stock.codes.tasks
+
+    def need(self) -> Need:
+        """Bytes that serving takes beside the model, for each choice of `resident`."""
+        return self._stock.need
+
+    # -- switching ------------------------------------------------------------------------
+
+    def switch(self, task: str, *, rewrite: bool = False) -> Switch:
+        """Make the model a task.
+
+        Waits until nobody else uses it. Everything is read and checked before the first weight is
+        written: what fails then leaves the model as it is.
+
+        Parameters
+        ----------
+        task
+            One of `tasks`.
+        rewrite
+            Write every weight, whatever is there: after the weights were trained, for one.
+
+        Returns
+        -------
+        Switch
+            What was done.
+
+        Raises
+        ------
+        UnknownTaskError
+            There is no such task.
+        CorruptStoreError, DeviceError
+            The message says if no task is live any more; else the one before is.
+        OptionError
+            Called inside `use`.
+        """
+        self._known(task)
+        request = self._turns.enter(task)
+        try:
+            return self._switch(task, rewrite=rewrite)
+        finally:
+            self._leave(request)
+
+    @contextmanager
+    def use(self, task: str) -> Iterator[Any]:
+        """The model as a task, for nobody else, for the length of a block.
+
+        Threads that ask for one task follow each other behind a single switch; nobody waits for
+        ever. The weights are not to be kept: after the block they are another's.
+
+        Examples
+        --------
+        >>> with switcher.use("math") as model:  # doctest: +SKIP
+        ...     logits = model(ids)
+        """
+        self._known(task)
+        request = self._turns.enter(task)
+        try:
+            self._switch(task)
+            yield self.model
+        finally:
+            self._leave(request)
+
+    async def aswitch(self, task: str, *, rewrite: bool = False) -> Switch:
+        """`switch`, without blocking the event loop."""
+        self._known(task)
+        request = await self._turns.enter_async(task)
+        return await self._in_thread(request, task, rewrite=rewrite, leave=True)
+
+    @asynccontextmanager
+    async def ause(self, task: str) -> AsyncIterator[Any]:
+        """`use`, without blocking the event loop: ``async with switcher.ause("math") as model``."""
+        self._known(task)
+        request = await self._turns.enter_async(task)
+        await self._in_thread(request, task, rewrite=False, leave=False)
+        try:
+            yield self.model
+        finally:
+            self._leave(request)
+
+    async def _in_thread(
+        self, request: Request, task: str, *, rewrite: bool, leave: bool
+    ) -> Switch:
+        """Switch on a thread; the turn ends with it, if it fails, is cancelled, or if `leave`."""
+        work = asyncio.ensure_future(asyncio.to_thread(self._switch, task, rewrite=rewrite))
+        try:
+            done = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The thread goes on: the turn is over when it is done, not before.
+            work.add_done_callback(lambda _: self._leave(request))
+            raise
+        except BaseException:
+            self._leave(request)
+            raise
+        if leave:
+            self._leave(request)
+        return done
+
+    def prefetch(self, task: str) -> Future[None]:
+        """Bring a task's code to the device, while the model is used.
+
+        Returns
+        -------
+        Future
+            Done when the code is there; its `result` raises what went wrong. Nobody has to wait.
+
+        Raises
+        ------
+        UnknownTaskError
+            There is no such task.
+        """
+        self._known(task)
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="tallstore-prefetch")
+            self._stack.callback(self._ahead.shutdown, cancel_futures=True)
+        stock = self._stock
+
+        def bring() -> None:
+            if not stock.too_large(task):
+                stock.take(task, ahead=True)
+
+        return self._ahead.submit(bring)
+
+    def _known(self, task: str) -> Plan:
+        if self._closed:
+            raise StoreClosedError("this switcher was closed; make another")
+        try:
+            return self._stock.offer.plans[task]
+        except (KeyError, TypeError):
+            known = ", ".join(map(repr, self._stock.offer.plans))
+            raise UnknownTaskError(
+                f"{self._path}: no task {task!r} is served; there are: {known}. One that was added "
+                "to the store later is there after refresh()"
+            ) from None
+
+    def _leave(self, request: Request) -> None:
+        self._writer.used()
+        self._turns.leave(request)
+
+    def _switch(self, task: str, *, rewrite: bool = False) -> Switch:
+        """Make the model a task; the caller has the turn."""
+        began = time.perf_counter()
+        plan, before = self._known(task), self._task
+        source: Source = "live"
+        moved = loaded = 0
+        replaced: tuple[str, ...] = ()
+        if before != task or rewrite:
+            if rewrite or before is None:
+                self._writer.forget()
+            if self._stock.too_large(task):
+                self._stock.offer.reader.check(plan)
+                self._begin(None)
+                source, loaded, moved = "store", plan.nbytes, self._writer.decode(plan)
+            else:
+                taken = self._stock.take(task)
+                self._begin(task)
+                source, loaded = taken.source, taken.loaded
+                moved = self._writer.write(taken.code)
+            replaced = self._model.install(plan.binding.heads)
+            self._task = self._stock.codes.live = task
+        return Switch(
+            task=task,
+            previous=before,
+            source=source,
+            moved=moved,
+            loaded=loaded,
+            ms=(time.perf_counter() - began) * 1e3,
+            replaced=replaced,
+            skipped=plan.binding.skipped,
+        )
+
+    def _begin(self, task: str | None) -> None:
+        """From the first write on, until the last, no task is live; the code of one is in use."""
+        self._task, self._stock.codes.live = None, task
+
+    # -- the store ------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Serve what is in the store now: tasks that were added, another store in its place.
+
+        Until then the switcher shows the store as it was when it was made. Waits until nobody uses
+        the model. What did not change is not read again. If it fails, everything that is in memory
+        is served as before; and what is not, unless another file took the place of the store's.
+
+        Raises
+        ------
+        MismatchError
+            What is there now does not fit the model.
+        UnknownTaskError, CorruptStoreError, StoreNotFoundError, DeviceError
+        """
+        if self._closed:
+            raise StoreClosedError("this switcher was closed; make another")
+        request = self._turns.enter(None)
+        try:
+            with ExitStack() as stack:
+                stock = self._open(stack, self._stock)
+                self._stack.push(stack.pop_all())
+            older, self._stock = self._stock, stock
+            if self._task not in stock.same:
+                # The model is what the task was; switching to it writes what it is now.
+                self._task = None
+                self._writer.forget()
+            older.offer.store.close()
+        finally:
+            self._leave(request)
+
+    def close(self) -> None:
+        """Give everything back but the model, which stays what it is."""
+        if self._closed:
+            return
+        request = self._turns.enter(None)
+        self._closed = True
+        self._stock.clear()
+        self._leave(request)
+        self._stack.close()
+
+    def __enter__(self) -> TaskSwitcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.tasks)} tasks, live: {self._task!r}"
+        return f"<TaskSwitcher {str(self._path)!r} on {self._model.device}, {state}>"
+
+
+def _check_options(resident: str, budget: int | None, fidelity: str | None, private: str) -> None:
+    if resident not in _RESIDENT:
+        raise OptionError(f"resident={resident!r}: it is one of {', '.join(map(repr, _RESIDENT))}")
+    if budget is not None and (not isinstance(budget, int) or budget < 0):
+        raise OptionError(f"budget={budget!r}: bytes of codes on the device, 0 or more")
+    if fidelity not in (None, "codes"):
+        raise OptionError(f"fidelity={fidelity!r}: None or 'codes'")
+    if private not in ("replace", "skip"):
+        raise OptionError(f"private={private!r}: 'replace' or 'skip'")
