@@ -91,22 +91,22 @@ def _shared() -> list[Entrant]:
 
 def _dropping() -> list[Entrant]:
     found = []
-    for density in (0.003, 0.01, 0.03, 0.1):
+    for density in (0.005, 0.03, 0.1):
         make = partial(magnitude, density=density)
         found.append(Entrant("magnitude pruning", f"{density:.1%}, 8 bits", make))
-    for density in (0.005, 0.02, 0.1):
+    for density in (0.01, 0.05):
         make = partial(dare, density=density)
         found.append(Entrant("DARE", f"{density:.1%}, 16 bits", make, random=True))
     # ComPEFT's own grid begins at 0.5 (its section 3.1); more makes up for what is dropped.
-    alphas = (1.0, 2.0, 4.0, 8.0)
-    for density in (0.005, 0.02, 0.05, 0.2):
+    alphas = (1.0, 2.0, 4.0)
+    for density in (0.01, 0.05, 0.2):
         make = partial(compeft, density=density)
         found.append(Entrant("ComPEFT", f"{density:.1%}", make, chosen="alpha", values=alphas))
-    for density in (0.005, 0.02, 0.05, 0.2):
+    for density in (0.01, 0.05, 0.2):
         found.append(Entrant("T-Switch", f"{density:.1%}", partial(t_switch, density=density)))
-    for density in (0.02, 0.1, 0.3):
+    for density in (0.02, 0.1):
         make = partial(ultradelta, density=density)
-        factors = (0.5, 0.7, 1.0)
+        factors = (0.5, 1.0)
         setting = f"{density:.0%}, 4 bits"
         found.append(Entrant("UltraDelta", setting, make, True, chosen="factor", values=factors))
     return found

@@ -3,7 +3,7 @@
 ``python -m bench.frontier [--zoos NAME ...] [--cache DIR]`` trains the zoos that are not there,
 runs every entrant of `bench.entrants` on each, and writes ``bench/results/frontier-ZOO.json``,
 the README's table and ``bench/results/frontier.svg``. ``--plot`` makes table and picture from the
-files alone.
+files alone, and ``--codes`` runs some codes again and keeps the rows of the others.
 
 Choices a paper leaves to validation are made on validation items, by what is kept; what is
 reported is measured on test items, once. Codes that take a seed run with three. Bits are those of
@@ -28,7 +28,7 @@ from bench.entrants import Entrant, entrants
 from bench.frontierview import plot, table
 from bench.judging import FAMILIES, Judge, Kept, relative_error
 from bench.rivals.vectors import Coded
-from bench.rows import RESULTS, write
+from bench.rows import RESULTS, context, write
 
 
 def _made(judge: Judge, entrant: Entrant, seed: int, value: float | None) -> Coded:
@@ -74,12 +74,17 @@ def _row(judge: Judge, entrant: Entrant, seeds: Sequence[int]) -> dict[str, Any]
     }
 
 
-def run(name: str, cache: Path | None, seeds: Sequence[int], limit: int | None) -> list[Any]:
-    """Run everything on one zoo, printing each row as soon as it is known."""
+def run(
+    name: str, cache: Path | None, seeds: Sequence[int], limit: int | None, codes: Sequence[str]
+) -> list[Any]:
+    """Run codes on one zoo, printing each row as soon as it is known."""
     judge = Judge(FAMILIES[name], cache, limit)
+    commit = context()["commit"]
     rows = []
     for entrant in entrants():
-        rows.append(_row(judge, entrant, seeds))
+        if entrant.name not in codes:
+            continue
+        rows.append({**_row(judge, entrant, seeds), "commit": commit})
         print(
             "{zoo:<9} {code:<18} {setting:<20} {bits:7.4f} bits {kept_mean:8.2%} ± {error:.2%} "
             "worst {kept_worst:8.2%} divergence {divergence:.5f}".format(**rows[-1]),
@@ -94,11 +99,20 @@ def run(name: str, cache: Path | None, seeds: Sequence[int], limit: int | None) 
     return [facts, *rows]
 
 
+def _rows_of_others(path: Path, codes: Sequence[str]) -> list[Any]:
+    """Read what a file has of codes that do not run this time."""
+    if not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text())["rows"][1:] if row["code"] not in codes]
+
+
 def main() -> None:
     """Measure, print the table, write rows and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--zoos", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    known = list(dict.fromkeys(entrant.name for entrant in entrants()))
+    parser.add_argument("--codes", nargs="+", choices=known, default=known, help="run these alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, help="test items a task at most, for a quick look")
     parser.add_argument("--threads", type=int, default=2)
@@ -108,7 +122,8 @@ def main() -> None:
     if not args.plot:
         torch.set_num_threads(args.threads)
         for name in args.zoos:
-            rows = run(name, args.cache, args.seeds, args.limit)
+            rows = run(name, args.cache, args.seeds, args.limit, args.codes)
+            rows += _rows_of_others(args.results / f"frontier-{name}.json", args.codes)
             print(write(f"frontier-{name}", rows, results=args.results), flush=True)
     files = (args.results / f"frontier-{name}.json" for name in FAMILIES)
     found = {p.stem: json.loads(p.read_text())["rows"][1:] for p in files if p.exists()}

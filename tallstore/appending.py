@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
 from tallstore.documents import BaseDocument
@@ -33,6 +33,8 @@ __all__ = ["append_tasks", "options_like"]
 
 #: A newcomer that errs so much more than the tasks a profile was made of gets another bit.
 _MUCH_WORSE: Final = 1.1
+#: Of what tasks were coded with, what a newcomer is: a share of a score takes an `evaluate`.
+_ALIKE: Final = ("density", "bits", "over", "gain", "bits_per_weight", "max_error")
 
 
 def append_tasks(
@@ -97,7 +99,9 @@ def append_tasks(
             candidate, remarks = _candidate(name, source, base, coded=coded, strict=strict)
             notes += remarks
             if options is None:
-                targets.append(Target(candidate=candidate, exact=exact is not False))
+                # A save is to be read by every reader there is; what is added may be smaller.
+                parameters: dict[str, Any] | None = {} if compress else None
+                targets.append(Target(candidate=candidate, exact=True, parameters=parameters))
                 continue
             target, remarks = _target(held, base, vector, candidate, options, exact, pool, meter)
             targets.append(target)
@@ -125,18 +129,15 @@ def append_tasks(
 
 def options_like(catalog: Catalog) -> CodeOptions | None:
     """The options of a store's tasks, where they are coded alike and are appended to."""
-    found = {
-        (record.code, tuple(sorted((record.parameters or {}).items())))
+    found = [
+        (record.code, record.parameters or {})
         for record in catalog.tasks.values()
         if record.code != "none"
-    }
-    if len(found) != 1:
+    ]
+    if not found or any(other != found[0] for other in found) or found[0][0] == "tall":
         return None
-    ((code, parameters),) = found
-    if code == "tall":
-        return None
-    given = {name: value for name, value in parameters if name != "keep"}
-    return code_options(code=code, **given)
+    code, parameters = found[0]
+    return code_options(code=code, **{n: parameters[n] for n in _ALIKE if n in parameters})
 
 
 def _vector(path: Path, catalog: Catalog, options: CodeOptions | None) -> VectorRecord | None:

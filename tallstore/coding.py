@@ -52,6 +52,8 @@ def from_float32(values: Floats, dtype: str) -> Bytes:
     """Float32 rounded to nearest even into the bytes of a codable dtype."""
     if dtype == "float32":
         return np.ascontiguousarray(values).view(np.uint8)
+    if not values.size:  # torch gives nothing a stride that it then refuses
+        return np.empty(0, np.uint8)
     tensor = torch.from_numpy(np.ascontiguousarray(values)).to(torch_dtype(dtype))
     raw: Bytes = tensor.view(torch.uint8).numpy()
     return raw

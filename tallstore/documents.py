@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tallstore import strictjson
 from tallstore.codes import (
+    PLANES,
     SEEDED,
     SPARSE,
     ArenaCode,
@@ -438,7 +439,7 @@ def _check_parts(document: TaskDocument, base: BaseDocument, what: str) -> None:
             if not _part_fits(part, segment, document.own, base, codes):
                 raise CorruptStoreError(f"{what}: a part leads outside what it refers to")
             if part.kind == CODE and not _form_fits(part, document, base, codes):
-                raise CorruptStoreError(f"{what}: a part without the stream of its code")
+                raise CorruptStoreError(f"{what}: a part without the stream that its code takes")
 
 
 def _part_fits(
@@ -470,6 +471,8 @@ def _form_fits(
     if coding is None:
         # Predicted by the base, and made good by the exact tier.
         return code.exact is not None and code.over_base
+    if coding.form != PLANES and code.shared:
+        return False  # the arena's vector would be multiplied into it
     if coding.form == SPARSE:
         return code.sparse is not None
     if coding.form == SEEDED:

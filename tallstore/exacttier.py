@@ -39,6 +39,8 @@ __all__ = ["restore_exact", "strip_exact"]
 
 #: An original errs from a task's codes as the task's record says, but for rounding to its dtype.
 _CLOSE = 0.02
+#: Bytes compared at a time.
+_PIECE = 1 << 24
 
 
 def strip_exact(
@@ -261,12 +263,37 @@ def _no_masks(*_: object) -> tuple[Bytes, list[tuple[int, CodeStats]], Bytes]:
 
 
 def _check_same(held: HeldStore, name: str, document: TaskDocument, source: Source) -> None:
+    """Refuse a checkpoint that differs in what the task has without codes: that has to agree."""
     contents = document.contents
+    why = "it is not the checkpoint that the task was coded from"
     if tuple(source.tensors) != contents.tensors or tuple(source.segments) != contents.segments:
         raise MismatchError(
             f"{source.label}: its tensors are not those of task {name!r} of "
-            f"{held.snapshot.path}: it is not the checkpoint that the task was coded from"
+            f"{held.snapshot.path}: {why}"
         )
+    kept = StoreSource(Loader(held.snapshot, held.catalog, task=name), label=name)
+    for number, parts in enumerate(document.parts):
+        start, size = 0, itemsize(contents.segments[number].dtype)
+        for part in parts:
+            stop = start + part.count
+            if part.kind != CODE and not _equal(kept, source, number, start * size, stop * size):
+                known = [tensor.name for tensor in contents.tensors if tensor.segment == number]
+                raise MismatchError(
+                    f"{source.label}: {known[0]!r} is not that of task {name!r} of "
+                    f"{held.snapshot.path}: {why}"
+                )
+            start = stop
+
+
+def _equal(one: Source, other: Source, segment: int, start: int, stop: int) -> bool:
+    """Whether two checkpoints have the same bytes in a part of a segment."""
+    for low in range(start, stop, _PIECE):
+        first, second = (np.empty(min(_PIECE, stop - low), np.uint8) for _ in range(2))
+        one.read(segment, low, first)
+        other.read(segment, low, second)
+        if not np.array_equal(first, second):
+            return False
+    return True
 
 
 class _Error:

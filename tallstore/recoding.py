@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.errors import OptionError
 from tallstore.store import StorePath, TallStore, store_path
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tallstore.progress import Report
 
 __all__ = ["add", "repack", "strip"]
+
+#: Of what goes with a code, what is not None if nobody says anything.
+_DEFAULTS: Final = {"over": "none", "gain": "unbiased", "seed": 0}
 
 
 def add(
@@ -86,8 +89,10 @@ def add(
         "max_error": max_error,
     }
     options = None if code in (None, "exact") else code_options(code=code, **given)
-    if options is None and any(given[n] is not None for n in ("density", "bits")):
-        raise OptionError("density= and bits= go with a code; give code= too")
+    if options is None:
+        idle = [n for n, value in given.items() if value != _DEFAULTS.get(n)]
+        if idle:
+            raise OptionError(f"{idle[0]}={given[idle[0]]!r}: it goes with a code; give code= too")
     if originals and code != "tall":
         raise OptionError("originals=: no other task is coded anew but by code='tall'")
     if code == "exact" and exact is False:

@@ -15,6 +15,7 @@ from tallstore.catalog import Catalog, check_task_name
 from tallstore.documents import ExternalReference
 from tallstore.engine.writerlock import WriterLock
 from tallstore.errors import OptionError, TaskExistsError, UnknownTaskError
+from tallstore.externalbase import place_of, refer
 from tallstore.loading import Loader
 from tallstore.merging import MergeRule, merge_rule
 from tallstore.packing.choosing import Evaluate
@@ -97,6 +98,9 @@ def repack_store(
         external = None
         if catalog.base is not None and catalog.base.external is not None:
             external = ExternalReference(catalog.base.external, catalog.base.identity)
+            if out is not None:
+                # A path from the old store's directory leads elsewhere from the new one's.
+                external = refer(out, place_of(path, external.path), external.identity)
         rule, dtype = _vector(catalog, options, merge, vector_dtype)
         whole = all(task.exact for task in catalog.tasks.values())
         return pack_zoo(

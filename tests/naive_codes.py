@@ -91,6 +91,8 @@ class NaiveTask:
             vector = self.body["vector"]
             if vector is not None:
                 wanted |= set(vector["streams"])
+            # Codes alone: what the residual is coded with takes the base to be read.
+            wanted -= {code[3] for code in self.document["codes"]}
             self.streams = {n: stream(n) for n in wanted - {0}}
         if self.body["base"].get("external"):
             raise NotImplementedError("a base in another store")

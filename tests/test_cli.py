@@ -93,7 +93,7 @@ def test_pack_json_and_options(zoo: Path) -> None:
         *("pack", zoo / "new.tall", zoo / "tasks", "--base", zoo / "base.pt", "--merge", "ties"),
         *("--tall-lambda", "0.3", "--vector-dtype", "float32", "--timeout", "5"),
     )
-    assert found["lossy"] is True and found["notes"] == []
+    assert found["lossy"] is True and len(found["notes"]) <= 1
     assert found["file_bytes"] == (zoo / "new.tall").stat().st_size
     assert found["original_to_file"] == found["original_bytes"] / found["file_bytes"]
     assert found["vector"]["dtype"] == "float32" and found["vector"]["rule"] == "ties"
@@ -166,7 +166,7 @@ def test_ls_of_a_base_alone(tmp_path: Path) -> None:
 
 def test_info(zoo: Path) -> None:
     text = ok("info", zoo / "zoo.tall")
-    for word in ("version 1", "free", "shared vector", "bfloat16", "ta", "originals", "1/"):
+    for word in ("version 2", "free", "shared vector", "bfloat16", "ta", "originals", "1/"):
         assert word in text
     found = ok_json("info", zoo / "zoo.tall")
     assert found["file_bytes"] == (zoo / "zoo.tall").stat().st_size

@@ -68,7 +68,7 @@ def test_no_such_task(zoo: Path, args: list[str]) -> None:
         (["pack", "a=a", "--base", "b"], "No store"),
         (["pack", "a.tall", "b=", "--base", "b"], "path is missing"),
         (["pack", "a.tall", "b=c", "--base", "b", "--merge", "sum"], "'sum'"),
-        (["pack", "a.tall", "b=c", "--base", "b", "--vector-dtype", "int8"], "'int8'"),
+        (["pack", "a.tall", "b=c", "--base", "b", "--vector-dtype", "int2"], "'int2'"),
         (["pack", "a.tall", "b=c", "--base", "b", "--tall-lambda", "x"], "'x'"),
         (["pack", "a.tall", "b=c", "--base", "b", "--timeout", "-1"], "-1"),
         (["add", "a.tall"], "No tasks"),

@@ -234,7 +234,7 @@ def reread(data: bytes) -> TaskDocument:
     first=segment_codes(segment=0), second=segment_codes(segment=1), seed=st.integers(0, 2**32 - 1)
 )
 def test_a_document_comes_back(first: SegmentCode, second: SegmentCode, seed: int) -> None:
-    code = ArenaCode(0, "float32", 5, 8, 6, 7, bits=4, value_bits=4)
+    code = ArenaCode(0, "float32", 5, 8, 6, 7, bits=4, value_bits=4, shared=False)
     made = document((code,), first, second, seed=seed)
     assert reread(made.to_bytes()) == made
 
@@ -251,10 +251,13 @@ _ONE = SegmentCode(1, SPARSE, (0.5,))
         (replace(MIXED, sparse=None), SegmentCode(0, SPARSE, (0.5,))),
         (replace(MIXED, seeded=None, value_bits=0), SegmentCode(0, SEEDED, _LEVELS, 9)),
         (MIXED, SegmentCode(0, SEEDED, (0.5,) * 16, 9)),
+        (replace(MIXED, shared=True), SegmentCode(0, SPARSE, (0.5,))),
+        (replace(MIXED, shared=True), SegmentCode(0, SEEDED, _LEVELS, 9)),
         (MIXED, None),
         (replace(MIXED, exact=9), None),
     ],
-    ids=["planes", "bits", "sparse", "seeded", "value bits", "nothing", "residual of what"],
+    ids=["planes", "bits", "sparse", "seeded", "value bits", "signs over the vector",
+         "values over the vector", "nothing", "residual of what"],
 )  # fmt: skip
 def test_a_coding_without_its_stream_is_refused(
     code: ArenaCode, coding: SegmentCode | None
@@ -263,7 +266,7 @@ def test_a_coding_without_its_stream_is_refused(
     data = document((code,), *some, replace(_ONE, form=PLANES, levels=_LEVELS)).to_bytes()
     if code.planes is None or code.sparse is None:
         data = document((code,), *some, SegmentCode(1, SEEDED, _LEVELS, 9)).to_bytes()
-    with pytest.raises(CorruptStoreError, match="without the stream of its code"):
+    with pytest.raises(CorruptStoreError, match="without the stream that its code takes"):
         reread(data)
 
 

@@ -92,8 +92,17 @@ def test_without_the_exact_tier(tmp_path: Path, options: dict[str, Any]) -> None
         assert store.verify().ok
 
 
-@few
-def test_through_the_ring(tmp_path: Path, options: dict[str, Any]) -> None:
+_BACKENDS = [
+    *((options, "reference") for options in _FEW),
+    *((options, "cpu") for options in _FEW),
+    (CODES[13], "triton"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "backend"), _BACKENDS, ids=[f"{name_of(o)}-{b}" for o, b in _BACKENDS]
+)
+def test_through_the_ring(tmp_path: Path, options: dict[str, Any], backend: str) -> None:
     base, tasks = coded_zoo(torch.bfloat16)
     tallstore.pack(tmp_path / "zoo.tall", base, tasks, **options)
     with TallStore(tmp_path / "zoo.tall") as store:
@@ -103,7 +112,7 @@ def test_through_the_ring(tmp_path: Path, options: dict[str, Any]) -> None:
             memory = {n: np.empty(s.nbytes, np.uint8) for n, s in enumerate(segments)}
             loader.stream(list(memory), targets=memory)
             targets = {n: torch.zeros(s.nbytes, dtype=torch.uint8) for n, s in enumerate(segments)}
-            ring = Ring(loader.decoder, torch.device("cpu"), backend="reference")
+            ring = Ring(loader.decoder, torch.device("cpu"), backend=backend)
             ring.run(list(targets), targets=targets, progress=lambda count: None)
             assert {n: bits(t) for n, t in targets.items()} == {
                 n: held.tobytes() for n, held in memory.items()

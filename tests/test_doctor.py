@@ -101,7 +101,7 @@ def test_of_a_store(store: Path) -> None:
             "path": str(store),
             "exists": True,
             "file_bytes": store.stat().st_size,
-            "format_version": 1,
+            "format_version": opened.format_version,
             "generation": opened.generation,
             "written_by": opened.written_by,
             "tasks": 1,

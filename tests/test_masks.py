@@ -556,5 +556,5 @@ def test_rules_and_dtypes_that_do_not_exist(tmp_path: Path) -> None:
     base, tasks = zoo(9, 1)
     with pytest.raises(OptionError, match="no merge rule is called 'mean'; there are ta, "):
         tallstore.pack(tmp_path / "z.tall", base, tasks, merge="mean")
-    with pytest.raises(OptionError, match="vector_dtype='int8': bfloat16, float16, float32"):
-        tallstore.pack(tmp_path / "z.tall", base, tasks, vector_dtype="int8")
+    with pytest.raises(OptionError, match="vector_dtype='int2': bfloat16, float16, float32"):
+        tallstore.pack(tmp_path / "z.tall", base, tasks, vector_dtype="int2")

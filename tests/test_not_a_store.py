@@ -156,7 +156,7 @@ def test_a_crashed_store_with_stray_chunks_is_whole(stored: Stored) -> None:
 def test_a_newer_format_version(stored: Stored) -> None:
     def patch(items: dict[bytes, bytes]) -> None:
         value = bytearray(items[MANIFEST_KEY])
-        assert value[8:12] == (1).to_bytes(4, "little")
+        assert value[8:12] == (2).to_bytes(4, "little")
         value[8:12] = (3).to_bytes(4, "little")
         value[32:] = reversed(value[32:])  # nobody knows what will stand there
         items[MANIFEST_KEY] = bytes(value)

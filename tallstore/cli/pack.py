@@ -37,7 +37,7 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     epilog=examples(
         "tallstore pack zoo.tall --base base/ math=math/ code=code.safetensors",
         "tallstore pack zoo.tall --base base/ --exact fine-tunes/",
-        "tallstore pack zoo.tall --base base/ --code auto --bits-per-weight 0.15 fine-tunes/",
+        "tallstore pack zoo.tall --base base/ --code auto fine-tunes/",
         "tallstore pack more.tall --external-base zoo.tall others/",
     )
 )

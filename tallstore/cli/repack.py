@@ -28,7 +28,7 @@ __all__ = ["repack"]
 @click.command(
     epilog=examples(
         "tallstore repack zoo.tall --code signs --density 2%",
-        "tallstore repack zoo.tall small.tall --code auto --bits-per-weight 0.1 --no-exact",
+        "tallstore repack zoo.tall small.tall --code auto --no-exact",
         "tallstore repack zoo.tall --code levels --original math=math/",
     )
 )
@@ -76,10 +76,11 @@ def repack(
     quiet: bool,
     **coding: Any,
 ) -> None:
-    """Code all tasks of a store anew: another code, vector or number of bits.
+    """Code all tasks of a store anew.
 
-    Tasks are read from their exact tiers or from --original, never from codes alone. Without
-    OUT the store is replaced, once the new one is whole.
+    With another code, vector or number of bits. Tasks are read from their exact tiers or
+    from --original, never from codes alone. Without OUT the store is replaced, once the new
+    one is whole.
     """
     from tallstore import recoding
     from tallstore.store import TallStore

@@ -44,9 +44,10 @@ def strip(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Drop the exact tier of tasks, which then load as their codes alone give them.
+    """Drop the exact tier of tasks.
 
-    Without TASK, of all tasks that have codes. add --exact restores it from the original.
+    They then load as their codes alone give them. Without TASK, of all tasks that have
+    codes. add --exact restores it from the original.
     """
     if not exact:
         raise click.UsageError("Say what to strip: --exact.")

@@ -36,6 +36,11 @@ def fit_magnitudes(found: Magnitudes, count: int) -> tuple[float, ...]:
     share = np.cumsum(product)
     at = np.searchsorted(share, share[-1] * (np.arange(count) + 0.5) / count)
     levels = np.unique(center[np.minimum(at, center.size - 1)])
+    # Where a few magnitudes hold most of the movement, as in bfloat16, starts coincide.
+    for _ in range(count - levels.size):
+        nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, center)]
+        worst = np.argmax(weight * np.square(center - nearest))
+        levels = np.unique(np.append(levels, center[worst]))
     for _ in range(_ROUNDS):
         group = np.searchsorted((levels[1:] + levels[:-1]) / 2, center)
         sums = np.bincount(group, weights=product, minlength=levels.size)

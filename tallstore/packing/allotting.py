@@ -134,11 +134,19 @@ class Offers:
         return found
 
     def least_bits(self) -> float:
-        """Bits a weight from which on `within` buys anything, to a tenth."""
+        """Bits a weight from which on `within` buys anything, to two per cent."""
         bits = 1e-6
-        while all(draft.left for draft in self.within(bits).drafts.values()) and bits < 16:
-            bits *= 1.1
-        return bits
+        while self._buys_nothing(bits) and bits < 16:
+            bits *= 2
+        low, high = bits / 2, bits
+        while high > 1.02 * low:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self._buys_nothing(middle) else (low, middle)
+        digits = 10.0 ** (math.floor(math.log10(high)) - 3)
+        return round(math.ceil(high / digits) * digits, 12)
+
+    def _buys_nothing(self, bits_per_weight: float) -> bool:
+        return all(draft.left for draft in self.within(bits_per_weight).drafts.values())
 
     def erring(self, relative_error: float) -> Allotment | None:
         """What takes the fewest bits for an error; None where the best errs more."""

@@ -163,7 +163,8 @@ class TargetEncoder:
             same = dtype == base_dtype
             start = base if same else from_float32(to_float32(base, base_dtype), dtype)
             zigzag = residual(raw, start, dtype)
-            self._exact[arena].put(span, zigzag, encoding=residuals(dtype, start))
+            encoding = residuals(dtype, start, plain=target.plain)
+            self._exact[arena].put(span, zigzag, encoding=encoding)
 
     def _count(self, found: list[tuple[int, CodeStats]]) -> None:
         with self._lock:

@@ -36,9 +36,15 @@ def elements(dtype: str) -> Encoding:
     return BITS
 
 
-def residuals(dtype: str, start: Bytes) -> Encoding:
-    """For zigzag differences from the words of `start`: the high bytes are mostly zero."""
-    if dtype in DTYPES:
+def residuals(dtype: str, start: Bytes, *, plain: bool) -> Encoding:
+    """For zigzag differences from the words of `start`: the high bytes are mostly zero.
+
+    Parameters
+    ----------
+    plain
+        Whether readers of format version 1 have to know the codec.
+    """
+    if dtype in DTYPES and not plain:
         return Encoding(GUIDED, DTYPES[dtype], side=start)
     return Encoding(PLANES, itemsize(dtype))
 

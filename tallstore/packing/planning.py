@@ -215,8 +215,8 @@ class Planner:
         bought = offers.within(bits)
         if bought.drafts and all(draft.left for draft in bought.drafts.values()):
             raise OptionError(
-                f"bits_per_weight={bits}: that buys nothing of task {candidate.name!r}, which "
-                f"would be the base; give {offers.least_bits():.2g} or more"
+                f"bits_per_weight={bits}: task {candidate.name!r} takes {offers.least_bits():g} at "
+                "least; with fewer nothing of it would be left but the base"
             )
         return self._buy(candidate, bought)
 

@@ -138,7 +138,7 @@ def _finish(
     used = {coding.layout.places[segment].arena for segment in coded}
     codes = tuple(coding.arena_code(arena) for arena in sorted(used))
     counted = target.tall_lambda is not None or target.drafts is not None
-    stats = {n: s for n, s in coding.stats.items() if n in coded and counted}
+    stats = {n: s for n, s in coding.stats.items() if n in coded and n in codings and counted}
     document = TaskDocument(
         contents=contents,
         parts=parts,
