@@ -99,7 +99,7 @@ def test_a_store_of_masks_keeps_newcomers_as_differences(tmp_path: Path) -> None
     tallstore.pack(path, base, {"x": tasks["x"]})
     tallstore.add(path, {"y": tasks["y"]})
     with tallstore.open(path) as store:
-        assert store.tasks["y"].kept_as == "exact" and store.format_version == 1
+        assert store.tasks["y"].kept_as == "exact" and store.format_version == 2
     assert same(path, "y", tasks["y"])
 
 

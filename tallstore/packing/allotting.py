@@ -55,7 +55,7 @@ _STRIDES: Final = (
 #: Fewer values alone, each as long as the rest together, could be anything.
 _FEWEST: Final = 32
 _BITS: Final = (1, 2, 3, 4)
-#: Bits that a tensor's entry in the document takes.
+#: Bits that a tensor's entry in the document takes: part of its price, not of the budget.
 _ENTRY: Final = 200.0
 
 
@@ -111,7 +111,8 @@ class Offers:
         self.weights = sum(seen.weights for seen in found.values())
         self.moved = sum(seen.moved for seen in self._there.values())
         """Squared norm of the task vector."""
-        start = sum(seen.start for seen in found.values())
+        starts = [seen.start for seen in found.values()]
+        start = sum(squares for squares in starts if math.isfinite(squares))
         self._noise = min(_NOISE * self.moved / start, 1.0) if start else 1.0
         self._counts = _counts(self._there, self._fans)
 
@@ -183,7 +184,7 @@ class Offers:
             counts = self._counts[n]
             least = counts * seen.moved
             for choice in (*self._direct[n], *self._seeded[n]):
-                cost = counts * choice.harm(rate, by_rule) + price * choice.bits
+                cost = counts * choice.harm(rate, by_rule) + price * (choice.bits + _ENTRY)
                 if cost < least:
                     best, least = choice, cost
             chosen.append(best)
@@ -237,7 +238,7 @@ def _seeded(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
             if groups < _FEWEST:
                 break
             draft = Draft(segment, SEEDED, (), width, stride=stride)
-            bits = groups * (sums.entropy + 1) + _ENTRY
+            bits = groups * (sums.entropy + 1)
             at_random = (stride - 1) * norm
             made.append(Choice(draft, bits, by_rule + at_random, at_random))
     return made
@@ -293,4 +294,4 @@ def _choice(
     if factor is None:
         return None
     error = factor**2 * norm - 2 * factor * projection + found.moved
-    return Choice(draft, bits + _ENTRY, max(error, 0.0))
+    return Choice(draft, bits, max(error, 0.0))
