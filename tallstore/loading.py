@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tallstore.errors import (
     UnknownTensorError,
 )
 from tallstore.objects import assemble, build_tensor
+from tallstore.ops import compiled
 from tallstore.ring import Ring
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
 from tallstore.workers import workers
@@ -38,6 +39,10 @@ __all__ = ["Loader", "Progress", "Put", "no_progress"]
 Progress = Callable[[int], None]
 #: Takes the bytes of a segment from an element on; from any thread. The buffer is reused.
 Put = Callable[[int, int, Bytes], None]
+
+
+#: Weights from which it pays to start the compiled loops for a single load.
+_MANY: Final = 1 << 28
 
 
 def no_progress(count: int) -> None:
@@ -96,6 +101,8 @@ class Loader:
             vector=catalog.vector,
             exact=fidelity != "codes",
         )
+        if self.decoder.has_codes and sum(s.numel for s in self.contents.segments) >= _MANY:
+            compiled.load()
 
     def read_file(self, path: str) -> bytes:
         """The content of one of the stored files."""

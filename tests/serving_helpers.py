@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from zoo import State, bits, fine_tune, make_base
 
 import tallstore
+from tallstore.ops import compiled
 from tallstore.store import TallStore
 
-__all__ = ["Net", "address", "assert_is", "make_store", "tensors"]
+__all__ = ["CPU_BACKENDS", "Net", "address", "assert_is", "loops", "make_store", "tensors"]
+
+#: The CPU's fast paths; numba is optional.
+CPU_BACKENDS = ("cpu", "compiled") if importlib.util.find_spec("numba") else ("cpu",)
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled loops, and as if numba were not installed."""
+    if request.param == "cpu":
+        monkeypatch.setattr(compiled, "load", lambda: False)
+        monkeypatch.setattr(compiled, "loaded", lambda: False)
 
 
 class Net(torch.nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_helpers import CPU_BACKENDS
 from zoo import bits, run_child
 
 from tallstore.errors import DeviceError, MismatchError, OptionError
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = "triton"
+BACKENDS = [*((name, "cpu") for name in (*CPU_BACKENDS, "reference")), (FAST, DEVICE)]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,18 +57,19 @@ def test_every_backend_gives_the_same_bits(
     blocks = -(-n // 1024)
     rows = torch.tensor(np.random.default_rng(seed).integers(0, 3, blocks), dtype=torch.int32)
     found = []
-    for backend, device in (("cpu", "cpu"), ("reference", "cpu"), (FAST, DEVICE)):
+    for backend, device in BACKENDS:
         out = torch.full((n,), float("nan"), dtype=dtypes[2], device=device)
         given = [None if t is None else t.to(device) for t in (base, planes, step, table)]
         index = rows.to(device) if per_block else None
         reconstruct(*given, out, rows=index, backend=backend)  # type: ignore[arg-type]
         found.append(bits(out.cpu()))
-    assert found[0] == found[1] == found[2]
+    assert len(set(found)) == 1
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_more_than_a_step_on_the_cpu(count: int, dtype: torch.dtype) -> None:
+def test_more_than_a_step_on_the_cpu(dtype: torch.dtype, count: int, backend: str) -> None:
     n = 3 * (1 << 16) + 77
     base, step = draw(n, dtype, 1), draw(n, dtype, 2)
     planes = draw_planes(count, n + 800, 3)[:, 100:]
@@ -74,11 +77,11 @@ def test_more_than_a_step_on_the_cpu(count: int, dtype: torch.dtype) -> None:
     for vector in (step, None):
         for into in (torch.float32, torch.bfloat16, torch.float16):
             out, wanted = torch.empty(n, dtype=into), torch.empty(n, dtype=into)
-            reconstruct(base, planes, vector, table, out)
+            reconstruct(base, planes, vector, table, out, backend=backend)
             reconstruct(base, planes, vector, table, wanted, backend="reference")
             assert bits(out) == bits(wanted)
     held = base.clone()
-    reconstruct(held, planes, step, table, held)
+    reconstruct(held, planes, step, table, held, backend=backend)
     reconstruct(base, planes, step, table, base, backend="reference")
     assert bits(held) == bits(base)
 
@@ -88,7 +91,7 @@ def test_a_tall_mask_in_place() -> None:
     planes = draw_planes(1, 3000, 3)
     wanted = torch.empty_like(base)
     reconstruct(base, planes, vector, TALL_LEVELS, wanted, backend="reference")
-    for backend in ("cpu", FAST):
+    for backend in (*CPU_BACKENDS, FAST):
         device = DEVICE if backend == FAST else "cpu"
         out = base.clone().to(device)
         reconstruct(out, planes.to(device), vector.to(device), TALL_LEVELS, out, backend=backend)
@@ -161,7 +164,9 @@ def test_backends_that_cannot_run_there() -> None:
     assert choose_backend(cpu, None) == choose_backend(cpu, "cpu") == "cpu"
     assert choose_backend(cuda, None) == choose_backend(cuda, "triton") == "triton"
     assert choose_backend(meta, "reference") == "reference"
-    with pytest.raises(OptionError, match="backend='cuda': it is one of cpu, triton, reference"):
+    with pytest.raises(
+        OptionError, match="backend='cuda': it is one of cpu, compiled, triton, reference"
+    ):
         choose_backend(cpu, "cuda")
     with pytest.raises(DeviceError, match="meta: only CPU and CUDA tensors have fast paths"):
         choose_backend(meta, None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_helpers import CPU_BACKENDS
 from zoo import bits
 
 from tallstore import ops
@@ -17,6 +18,7 @@ from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [*((name, "cpu") for name in (*CPU_BACKENDS, "reference")), ("triton", DEVICE)]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = torch.tensor([[-0.0, 0.5, -0.25, 2.0], [-0.0, -1.0, 1.0, 0.125]])
 
@@ -57,7 +59,7 @@ def test_a_switch_is_a_full_reconstruction(
     planes = [draw_planes(2, n, seed + i, density) for i, density in enumerate(densities)]
     wanted = torch.empty(n, dtype=dtypes[1])
     ops.reconstruct(base, planes[1], None, LEVELS, wanted, rows=rows)
-    for backend, device in (("reference", "cpu"), ("cpu", "cpu"), ("triton", DEVICE)):
+    for backend, device in BACKENDS:
         old, new = (
             ops.compress_planes(p.to(device), n, LEVELS.to(device), rows=rows.to(device))
             for p in planes
@@ -97,7 +99,7 @@ def test_from_seeded_to_sparse_and_back(count: int) -> None:
     assert ops.density(code) == sum(-(-numel // 7) for numel in numels) / n
     base = draw(n, torch.bfloat16, 1)
     sparse = ops.compress_planes(draw_planes(2, n, 2, 0.02), n, LEVELS)
-    for backend, device in (("reference", "cpu"), ("cpu", "cpu"), ("triton", DEVICE)):
+    for backend, device in BACKENDS:
         there = base.to(device)
         a, b = code.to(device), sparse.to(device)
         wanted = {}

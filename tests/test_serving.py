@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_helpers import DEVICE
-from serving_helpers import Net, address, assert_is, make_store
+from serving_helpers import Net, address, assert_is, loops, make_store
 from zoo import bits, fine_tune, make_base
 
 import tallstore
 from tallstore.serving import TaskSwitcher
 from tallstore.serving.results import Residency
+
+__all__ = ["loops"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 TASKS = ("a", "b", "added")
 RESIDENT: tuple[Residency, ...] = ("all", "masks-on-host", "stream")

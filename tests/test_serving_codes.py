@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from kernel_helpers import DEVICE
-from serving_helpers import Net, assert_is
+from serving_helpers import Net, assert_is, loops
 from zoo import fine_tune, make_base
 
 import tallstore
 from tallstore.ops import SeededCode, SparseCode
 from tallstore.serving import TaskSwitcher
 from tallstore.serving.forms import PlanesForm, SparseForm
+
+__all__ = ["loops"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 BASE = {**make_base(), "wide": torch.randn(60, 200, generator=torch.Generator().manual_seed(1))}
 

@@ -7,25 +7,31 @@ from typing import Final, Literal
 import torch
 
 from tallstore.errors import DeviceError, MismatchError, OptionError
+from tallstore.ops import compiled
 
 __all__ = ["Backend", "choose_backend"]
 
-Backend = Literal["cpu", "triton", "reference"]
+Backend = Literal["cpu", "compiled", "triton", "reference"]
 
-_BACKENDS: Final = ("cpu", "triton", "reference")
+_BACKENDS: Final = ("cpu", "compiled", "triton", "reference")
+_ON_CPU: Final = ("cpu", "compiled")
 #: What is left where the kernels are not: `ops` alone takes backend=.
 _ELSE: Final = "use device='cpu' (of tallstore.ops: backend='reference')"
 
 
-def choose_backend(device: torch.device, backend: str | None) -> Backend:
+def choose_backend(device: torch.device, backend: str | None, *, compiles: bool = False) -> Backend:
     """What runs on tensors of a device, checked to be able to.
 
     Parameters
     ----------
+    compiles
+        Whether the caller has compiled loops for the CPU; else ``"cpu"`` stands for them.
     backend
-        ``"cpu"`` (fast, on CPU tensors), ``"triton"`` (on CUDA tensors; on CPU tensors only in
-        Triton's interpreter, ``TRITON_INTERPRET=1``) or ``"reference"`` (plain torch, anywhere);
-        None: ``"triton"`` on CUDA tensors, ``"cpu"`` on CPU tensors.
+        ``"cpu"`` (numpy, on CPU tensors), ``"compiled"`` (faster, on CPU tensors; needs numba),
+        ``"triton"`` (on CUDA tensors; on CPU tensors only in Triton's interpreter,
+        ``TRITON_INTERPRET=1``) or ``"reference"`` (plain torch, anywhere); None: ``"triton"`` on
+        CUDA tensors; on CPU tensors ``"compiled"`` once it was used in this process, and ``"cpu"``
+        before that, since it takes a while to start.
 
     Raises
     ------
@@ -37,17 +43,24 @@ def choose_backend(device: torch.device, backend: str | None) -> Backend:
     if backend is not None and backend not in _BACKENDS:
         raise OptionError(f"backend={backend!r}: it is one of {', '.join(_BACKENDS)}")
     if backend is None:
-        chosen = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        chosen = {"cpu": _ON_CPU[compiles and compiled.loaded()], "cuda": "triton"}.get(device.type)
         if chosen is None:
             raise DeviceError(
                 f"{device}: only CPU and CUDA tensors have fast paths; pass backend='reference', "
                 "or move the tensors"
             )
         backend = chosen
+    if backend in _ON_CPU and device.type != "cpu":
+        raise DeviceError(f"backend={backend!r}: the tensors are on {device}; leave backend= away")
     if backend == "cpu":
-        if device.type != "cpu":
-            raise DeviceError(f"backend='cpu': the tensors are on {device}; leave backend= away")
         return "cpu"
+    if backend == "compiled":
+        if not compiled.load():
+            raise DeviceError(
+                "backend='compiled': numba cannot be imported; pip install 'tallstore[cpu]', or "
+                "leave backend= away"
+            )
+        return "compiled" if compiles else "cpu"
     if backend == "reference":
         return "reference"
     _check_triton(device)

@@ -9,7 +9,7 @@ import torch
 from tallstore.codes import TALL_LEVELS
 from tallstore.errors import MismatchError
 from tallstore.layout import BLOCK
-from tallstore.ops import cpu
+from tallstore.ops import compiled, cpu
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.scratch import Scratch
@@ -67,7 +67,7 @@ def reconstruct(
     check_weights(base.numel(), base=base, vector=vector, out=out)
     table = _table(levels, 1 << count)
     check_rows(rows, table.shape[0], base.numel())
-    chosen = choose_backend(device, backend)
+    chosen = choose_backend(device, backend, compiles=True)
     if chosen == "triton":
         from tallstore.kernels.reconstruct import reconstruct as launch
 
@@ -82,6 +82,8 @@ def reconstruct(
 
             line = table[row].tolist()
             out[some].copy_(reference.reconstruct(base[some], part, step, line, out.dtype))
+        elif chosen == "compiled" and compiled.takes(base, vector, out):
+            compiled.reconstruct(base[some], part, step, table[row].tolist(), out[some])
         else:
             held = Scratch() if scratch is None else scratch
             cpu.reconstruct(base[some], part, step, table[row].tolist(), out[some], held)

@@ -17,7 +17,7 @@ from tallstore.errors import MismatchError, OptionError
 from tallstore.kernels import seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededCode
 from tallstore.kernels.sparse_reference import SparseCode, compress
-from tallstore.ops import cpu_sparse
+from tallstore.ops import compiled, cpu_sparse
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.ops.reconstruction import reconstruct
@@ -232,8 +232,10 @@ def _kernels(
     """The module that works on tensors of that device, after they were checked."""
     device = same_device(base=base, out=out, code=code.table)
     check_weights(code.weights, base=base, out=out)
-    chosen = choose_backend(device, backend)
-    if chosen == "cpu":
+    chosen = choose_backend(device, backend, compiles=True)
+    if chosen == "compiled" and compiled.takes(base, out):
+        return compiled
+    if chosen in ("cpu", "compiled"):
         return cpu_sparse
     pick: Callable[[AnySparseCode], ModuleType] = _triton if chosen == "triton" else _reference
     return pick(code)

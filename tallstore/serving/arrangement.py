@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from tallstore.ops import Places, place, reconstruct
+from tallstore.ops import Places, compiled, place, reconstruct
 from tallstore.scratch import Scratch
 from tallstore.serving.planning import Run
 
-__all__ = ["Arrangement", "Cut", "arrange"]
+__all__ = ["Arrangement", "Cut", "arrange", "compiles"]
 
 #: Weights a cut: threads share large tensors.
 _CUT: Final = 1 << 20
@@ -80,8 +80,30 @@ class Arrangement:
     """On CUDA."""
     cuts: tuple[Cut, ...]
     """On the CPU."""
+    pieces: tuple[tuple[int, Run], ...]
+    """On the CPU with compiled loops: (row of the levels, weights), in pieces that are shared."""
     moved: int
     """Bytes that a reconstruction reads and writes, the planes' aside."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether compiled loops write it."""
+        return bool(self.pieces)
+
+    def parts(
+        self, planes: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, torch.Tensor]]:
+        """What `ops.programs.Planes` takes."""
+        for row, run in self.pieces:
+            vector = None if self.vector is None else self.vector[run.first : run.stop]
+            bits = planes[:, run.first // 8 : (run.stop + 7) // 8]
+            yield self.base[run.first : run.stop], bits, vector, row, run.out
+
+
+def compiles(*tensors: torch.Tensor | None) -> bool:
+    """Whether compiled loops write such weights: on the CPU, where they are loaded."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    return first.device.type == "cpu" and compiled.loaded() and compiled.takes(*tensors)
 
 
 def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> Arrangement:
@@ -98,10 +120,14 @@ def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None
     weights = sum(run.out.numel() for run in ordered)
     wide = base.element_size() + (0 if vector is None else vector.element_size())
     moved = weights * wide + sum(run.out.nbytes for run in ordered)
+    if compiles(base, vector, *(run.out for run in ordered)):
+        pieces = tuple((row, cut) for row, run in enumerate(ordered) for cut in run.cut())
+        return Arrangement(base, vector, ordered, None, (), pieces, moved)
     if base.device.type == "cpu":
-        return Arrangement(base, vector, ordered, None, tuple(_cuts(ordered, base, vector)), moved)
+        cuts = tuple(_cuts(ordered, base, vector))
+        return Arrangement(base, vector, ordered, None, cuts, (), moved)
     places = place([(run.first, run.out) for run in ordered], base.numel())
-    return Arrangement(base, vector, ordered, places, (), moved)
+    return Arrangement(base, vector, ordered, places, (), (), moved)
 
 
 def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> list[Cut]:

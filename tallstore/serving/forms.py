@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, Protocol
 
 import torch
@@ -22,8 +23,9 @@ from tallstore.ops import (
     restore_sparse,
     switch_sparse,
 )
+from tallstore.ops.programs import Planes, Touches, Words, shares, words
 from tallstore.scratch import Scratch
-from tallstore.serving.arrangement import Arrangement
+from tallstore.serving.arrangement import Arrangement, compiles
 
 __all__ = [
     "BaseForm",
@@ -35,6 +37,7 @@ __all__ = [
     "Move",
     "PlanesForm",
     "SparseForm",
+    "There",
 ]
 
 #: Work that can be done on any thread; returns the bytes of memory that it read and wrote.
@@ -48,12 +51,23 @@ _Key = tuple[int, int]
 _THE_BASE: Final = None
 
 
+@dataclass(frozen=True, slots=True)
+class There:
+    """A sparse code that was applied to a tensor."""
+
+    code: AnySparseCode
+    words: Words | None
+    """Of the code, where the compiled loops are used."""
+
+
 @dataclass(slots=True)
 class Live:
     """What is in the model's tensors: the base, or a sparse code over it; others are not listed."""
 
-    before: dict[_Key, AnySparseCode | None] = field(default_factory=dict)
-    after: dict[_Key, AnySparseCode | None] = field(default_factory=dict)
+    threads: int = 1
+    """That share the jobs."""
+    before: dict[_Key, There | None] = field(default_factory=dict)
+    after: dict[_Key, There | None] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
 
     def next(self) -> None:
@@ -108,15 +122,20 @@ class BaseForm:
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """Copies; nothing where the base is already, and of a sparse code what it touched."""
+        touches, moved = Touches(), 0
         for base, out in self.runs:
             key = _key(out)
             live.after[key] = _THE_BASE
             if key not in live.before:
                 yield _copying(base, out)
                 continue
-            code = live.before[key]
-            if code is not None:
-                yield _restoring(code, base, out)
+            there = live.before[key]
+            if there is not None and there.words is not None:
+                touches.add(there.words, None, base, out)
+                moved += _touched(there.code, base, out)
+            elif there is not None:
+                yield _restoring(there.code, base, out)
+        yield from _together(touches, moved, live.threads)
 
 
 def _copying(source: torch.Tensor, out: torch.Tensor) -> Job:
@@ -133,6 +152,21 @@ def _restoring(code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> Jo
         return _touched(code, base, out)
 
     return restore
+
+
+#: Shares a thread: one that is held up leaves the rest to the others.
+_SHARES: Final = 2
+
+
+def _together(touches: Touches, moved: int, threads: int) -> Iterator[Job]:
+    """The touches, in shares; the first one counts the bytes of all."""
+    for low, high in shares(touches.sizes, _SHARES * threads):
+        yield partial(_touching, touches, low, high, 0 if low else moved)
+
+
+def _touching(touches: Touches, low: int, high: int, moved: int) -> int:
+    touches.run(low, high)
+    return moved
 
 
 def _touched(code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> int:
@@ -156,6 +190,8 @@ class PlanesForm:
     """uint8, shape (K, weights / 8)."""
     levels: torch.Tensor
     """float32, shape (runs + 1, 2**K): a row a run, and one that is not used."""
+    program: list[Planes] = field(default_factory=list, compare=False)
+    """How the compiled loops write it; made when it is first written."""
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +200,7 @@ class PlanesForm:
 
     def to(self, move: Move) -> PlanesForm:
         """With the planes elsewhere."""
-        return replace(self, planes=move(self.planes), levels=move(self.levels))
+        return PlanesForm(self.arrangement, move(self.planes), move(self.levels))
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """On CUDA one launch; on the CPU a job for each cut of the arrangement."""
@@ -178,9 +214,24 @@ class PlanesForm:
 
             yield launch
             return
+        if there.compiles:
+            yield from self._compiled(live.threads)
+            return
         levels = [tuple(row) for row in self.levels.tolist()]
         for cut in there.cuts:
             yield lambda cut=cut: cut.reconstruct(there, self.planes, levels, live.scratch)  # type: ignore[misc]
+
+    def _compiled(self, threads: int) -> Iterator[Job]:
+        there = self.arrangement
+        if not self.program:
+            self.program.append(Planes(list(there.parts(self.planes)), self.levels))
+        for low, high in shares([run.out.numel() for _, run in there.pieces], _SHARES * threads):
+            yield partial(self._share, low, high)
+
+    def _share(self, low: int, high: int) -> int:
+        self.program[0].run(low, high)
+        # The first share counts the bytes of all.
+        return 0 if low else self.arrangement.moved + self.planes.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +240,8 @@ class SparseForm:
 
     runs: tuple[tuple[AnySparseCode, torch.Tensor, torch.Tensor], ...]
     """(code over the run's weights, weights of the base, tensor that they go to)."""
+    words: list[Words | None] = field(default_factory=list, compare=False)
+    """Of the codes, for the compiled loops; worked out when they are first written."""
 
     @property
     def nbytes(self) -> int:
@@ -201,11 +254,26 @@ class SparseForm:
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """What the code before touched is put back, and what this one touches is written."""
-        for code, base, out in self.runs:
+        touches, moved = Touches(), 0
+        for (code, base, out), mine in zip(self.runs, self._words(), strict=True):
             key = _key(out)
-            live.after[key] = code
-            known = key in live.before
-            yield _applying(live.before.get(key), code, base, out, known=known)
+            live.after[key] = There(code, mine)
+            before, known = live.before.get(key), key in live.before
+            if mine is None or not known or (before is not None and before.words is None):
+                old = None if before is None else before.code
+                yield _applying(old, code, base, out, known=known)
+                continue
+            touches.add(None if before is None else before.words, mine, base, out)
+            moved += _touched(code, base, out)
+            moved += 0 if before is None else _touched(before.code, base, out)
+        yield from _together(touches, moved, live.threads)
+
+    def _words(self) -> list[Words | None]:
+        if not self.words:
+            self.words.extend(
+                words(code) if compiles(base, out) else None for code, base, out in self.runs
+            )
+        return self.words
 
 
 def _elsewhere(code: AnySparseCode, move: Move) -> AnySparseCode:

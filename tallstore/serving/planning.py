@@ -39,6 +39,16 @@ class Run:
         """The weight after its last."""
         return self.first + self.out.numel()
 
+    def cut(self) -> list[Run]:
+        """Its spans, each a run: threads share large tensors, and a span stays in the cache."""
+        made, start = [], self.first
+        while start < self.stop:
+            stop = min((start // SPAN + 1) * SPAN, self.stop)
+            piece = self.out[start - self.first : stop - self.first]
+            made.append(Run(self.segment, start, piece))
+            start = stop
+        return made
+
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:

@@ -76,8 +76,8 @@ class Reader:
         resident = self._resident
         forms: list[Form] = []
         for arena, runs in plan.base.items():
-            base = resident.base(arena)
-            forms.append(BaseForm(tuple((base[r.first : r.stop], r.out) for r in runs)))
+            base, cut = resident.base(arena), self._cut(runs)
+            forms.append(BaseForm(tuple((base[r.first : r.stop], r.out) for r in cut)))
         for arena, runs in plan.coded.items():
             forms += self._coded(plan, arena, runs)
         if plan.verbatim:
@@ -98,7 +98,12 @@ class Reader:
         """The codes over an arena: compact ones, and planes for the rest."""
         base = self._resident.base(arena)
         compact = {n: plan.compact(arena, run) for n, run in enumerate(runs)}
-        few = [(runs[n], code) for n, code in compact.items() if code is not None]
+        few = [
+            (run, code)
+            for n, code in compact.items()
+            if code is not None
+            for run in self._cut([runs[n]])
+        ]
         rest = [runs[n] for n, code in compact.items() if code is None]
         forms: list[Form] = []
         planes = None
@@ -113,6 +118,12 @@ class Reader:
             rows = [levels.row(run.segment) for run in there.runs]
             forms.append(PlanesForm(there, planes, levels.table[[*rows, rows[0]]].contiguous()))
         return forms
+
+    def _cut(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """On the CPU, in pieces for its threads; on CUDA whole, since a launch takes time."""
+        if self._resident.device.type != "cpu":
+            return runs
+        return [piece for run in runs for piece in run.cut()]
 
     # -- what is kept as it is ------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 
 from tallstore.devices import wanted_device
 from tallstore.errors import OptionError, StoreClosedError, StoreLockedError, UnknownTaskError
+from tallstore.ops import compiled
 from tallstore.serving.binding import Private
 from tallstore.serving.model import Model
 from tallstore.serving.offer import Choice, Offer, listed
@@ -104,7 +105,9 @@ class TaskSwitcher:
     ) -> None:
         _check_options(resident, budget, fidelity, private)
         self._model = Model(model, None if device is None else wanted_device(device))
-        wanted_device(self._model.device)
+        if wanted_device(self._model.device).type == "cpu":
+            # Weights will be written often: starting the compiled loops, if they are there, pays.
+            compiled.load()
         self._choice = Choice(
             tasks=listed(tasks), fidelity=fidelity, private=private, ignore=listed(ignore) or ()
         )

@@ -30,7 +30,7 @@ class Writer:
     def __init__(self, device: torch.device, pool: Workers) -> None:
         self._device = device
         self._pool = pool
-        self._live = Live()
+        self._live = Live(threads=pool.count)
         self._used: Any = None
 
     def forget(self) -> None:

@@ -1,0 +1,376 @@
+"""Loops over weights that numba compiles; imported only where numba is, see `ops.compiled`.
+
+The same arithmetic as `tallstore.kernels.reference` and its neighbours, without a temporary: each
+weight is read, computed in float32 and written, at the speed of memory. bfloat16 weights are their
+bits, uint16. A product and a sum are rounded each, so no function has ``fastmath``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+
+__all__ = [
+    "four_planes",
+    "one_plane",
+    "run_planes",
+    "run_touches",
+    "seeded_apply",
+    "seeded_restore",
+    "sparse_apply",
+    "sparse_restore",
+    "sparse_switch",
+    "two_planes",
+]
+
+#: Weights of a group of `SparseCode`, and (as a shift) of a block of its rows.
+_GROUP: Final = 4096
+_BLOCK: Final = 10
+#: Values of a seeded tensor that are placed in one go.
+_STEP: Final = 1024
+#: What torch rounds a NaN to in bfloat16: it depends on the processor.
+_NAN: Final = int(torch.full((64,), torch.nan).to(torch.bfloat16).view(torch.int16)[0]) & 0xFFFF
+
+
+def _compiled(function: Any) -> Any:
+    """Compile a loop when it is first called, once a machine where there is a place to keep it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither beside this file nor at home
+        return njit(nogil=True)(function)
+
+
+def _wide(weight: Any) -> Any:
+    """The float32 that a weight is."""
+    raise NotImplementedError
+
+
+def _narrow(value: Any, like: Any) -> Any:
+    """A float32, rounded to what an array of weights holds."""
+    raise NotImplementedError
+
+
+def _times(level: Any, vector: Any, at: Any) -> Any:
+    """A level times a weight of the shared vector, if there is one."""
+    raise NotImplementedError
+
+
+@overload(_wide, strict=False)
+def _wide_of(weight: Any) -> Any:
+    if isinstance(weight, types.Float):
+        return lambda weight: weight
+    return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+
+
+@overload(_narrow, strict=False)
+def _narrow_to(value: Any, like: Any) -> Any:
+    if isinstance(like.dtype, types.Float):
+        return lambda value, like: value
+
+    def rounded(value: Any, like: Any) -> Any:
+        bits = np.float32(value).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        near = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        return near if value == value else np.uint16(_NAN)
+
+    return rounded
+
+
+@overload(_times, strict=False)
+def _times_of(level: Any, vector: Any, at: Any) -> Any:
+    if isinstance(vector, types.NoneType):
+        return lambda level, vector, at: level
+    return lambda level, vector, at: level * _wide(vector[at])
+
+
+@_compiled
+def _word(plane: Any, byte: Any) -> Any:
+    """32 bits of a plane."""
+    low = np.uint32(plane[byte]) | np.uint32(plane[byte + 1]) << np.uint32(8)
+    high = np.uint32(plane[byte + 2]) | np.uint32(plane[byte + 3]) << np.uint32(8)
+    return np.uint32(low | high << np.uint32(16))
+
+
+@_compiled
+def one_plane(base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any) -> None:
+    """Base + level * vector, of one plane. All of one length, the plane of its bytes."""
+    whole = out.size // 32
+    for w in range(whole):
+        bits, first = _word(plane, 4 * w), 32 * w
+        for j in range(32):
+            level = high if (bits >> np.uint32(j)) & np.uint32(1) else low
+            step = _times(level, vector, first + j)
+            out[first + j] = _narrow(_wide(base[first + j]) + step, out)
+    for at in range(32 * whole, out.size):
+        level = high if (plane[at >> 3] >> np.uint8(at & 7)) & 1 else low
+        step = _times(level, vector, at)
+        out[at] = _narrow(_wide(base[at]) + step, out)
+
+
+@_compiled
+def _pick(by: Any, one: Any, zero: Any) -> Any:
+    """A select, which is faster over many weights at once than a look into a table."""
+    return one if by else zero
+
+
+@_compiled
+def _bit(word: Any, j: Any) -> Any:
+    return word >> np.uint32(j) & np.uint32(1)
+
+
+@_compiled
+def two_planes(base: Any, p0: Any, p1: Any, vector: Any, levels: Any, out: Any) -> None:
+    """Base + levels[code] * vector, of two planes."""
+    l0, l1, l2, l3 = levels[0], levels[1], levels[2], levels[3]
+    whole = out.size // 32
+    for w in range(whole):
+        first = 32 * w
+        w0, w1 = _word(p0, 4 * w), _word(p1, 4 * w)
+        for j in range(32):
+            b0, b1 = _bit(w0, j), _bit(w1, j)
+            level = _pick(b1, _pick(b0, l3, l2), _pick(b0, l1, l0))
+            step = _times(level, vector, first + j)
+            out[first + j] = _narrow(_wide(base[first + j]) + step, out)
+    for at in range(32 * whole, out.size):
+        byte, j = at >> 3, at & 7
+        code = _bit(p0[byte], j) | _bit(p1[byte], j) << 1
+        step = _times(levels[code], vector, at)
+        out[at] = _narrow(_wide(base[at]) + step, out)
+
+
+@_compiled
+def _of_eight(b0: Any, b1: Any, b2: Any, levels: Any, first: Any) -> Any:
+    low = _pick(b1, _pick(b0, levels[first + 3], levels[first + 2]),
+                _pick(b0, levels[first + 1], levels[first]))  # fmt: skip
+    high = _pick(b1, _pick(b0, levels[first + 7], levels[first + 6]),
+                 _pick(b0, levels[first + 5], levels[first + 4]))  # fmt: skip
+    return _pick(b2, high, low)
+
+
+@_compiled
+def four_planes(
+    base: Any, p0: Any, p1: Any, p2: Any, p3: Any, vector: Any, levels: Any, out: Any
+) -> None:
+    """Base + levels[code] * vector, of four planes, or of three: the last is empty then."""
+    whole = out.size // 32
+    for w in range(whole):
+        first = 32 * w
+        w0, w1, w2 = _word(p0, 4 * w), _word(p1, 4 * w), _word(p2, 4 * w)
+        w3 = _word(p3, 4 * w) if p3.size else np.uint32(0)
+        for j in range(32):
+            b0, b1, b2, b3 = _bit(w0, j), _bit(w1, j), _bit(w2, j), _bit(w3, j)
+            low, high = _of_eight(b0, b1, b2, levels, 0), _of_eight(b0, b1, b2, levels, 8)
+            step = _times(_pick(b3, high, low), vector, first + j)
+            out[first + j] = _narrow(_wide(base[first + j]) + step, out)
+    for at in range(32 * whole, out.size):
+        byte, j = at >> 3, at & 7
+        code = _bit(p0[byte], j) | _bit(p1[byte], j) << 1 | _bit(p2[byte], j) << 2
+        if p3.size:
+            code |= _bit(p3[byte], j) << 3
+        step = _times(levels[code], vector, at)
+        out[at] = _narrow(_wide(base[at]) + step, out)
+
+
+@_compiled
+def _apply_group(
+    group: Any, entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any
+) -> None:
+    first = group * _GROUP
+    for n in range(starts[group], starts[group + 1]):
+        entry = np.int64(entries[n])
+        at = first + (entry & (_GROUP - 1))
+        row = rows[at >> _BLOCK] if rows.size else 0
+        out[at] = _narrow(_wide(source[at]) + table[row, entry >> 12], out)
+
+
+@_compiled
+def _restore_group(group: Any, entries: Any, starts: Any, base: Any, out: Any) -> None:
+    first = group * _GROUP
+    for n in range(starts[group], starts[group + 1]):
+        at = first + (np.int64(entries[n]) & (_GROUP - 1))
+        out[at] = _narrow(_wide(base[at]), out)
+
+
+@_compiled
+def sparse_apply(entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
+    """The touched weights become what `source` has there + level."""
+    for group in range(starts.size - 1):
+        _apply_group(group, entries, starts, table, rows, source, out)
+
+
+@_compiled
+def sparse_restore(entries: Any, starts: Any, base: Any, out: Any) -> None:
+    """The touched weights become the base."""
+    for group in range(starts.size - 1):
+        _restore_group(group, entries, starts, base, out)
+
+
+@_compiled
+def sparse_switch(
+    old: Any, old_starts: Any,
+    entries: Any, starts: Any, table: Any, rows: Any, base: Any, source: Any, out: Any,
+) -> None:  # fmt: skip
+    """Both, a group at a time: what the first touched is still in the cache for the second."""
+    for group in range(starts.size - 1):
+        _restore_group(group, old, old_starts, base, out)
+        _apply_group(group, entries, starts, table, rows, source, out)
+
+
+@_compiled
+def _mix(x: Any) -> Any:
+    x = np.uint32(x ^ x >> np.uint32(16))
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x ^ x >> np.uint32(15))
+    x = np.uint32(x * np.uint32(0x846CA68B))
+    return np.uint32(x ^ x >> np.uint32(16))
+
+
+@_compiled
+def _positions(low: Any, high: Any, stride: Any, numel: Any, one: Any, two: Any, at: Any) -> None:
+    """Which weights of a tensor have the values of groups low .. high - 1.
+
+    In a loop of its own, which the processor works off many at a time: reads and writes that wait
+    for a hash each would wait for memory one after the other.
+    """
+    for group in range(low, high):
+        number = np.uint64(group)
+        h = _mix(np.uint32(np.uint32(number) ^ np.uint32(one)))
+        h = _mix(np.uint32(h ^ np.uint32(two) ^ np.uint32(number >> np.uint64(32))))
+        size = min(stride, numel - group * stride)
+        within = np.int64(np.uint64(h) * np.uint64(size) >> np.uint64(32))
+        at[group - low] = group * stride + within
+
+
+@_compiled
+def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: Any) -> None:
+    """The levels of some values in a row, from a whole byte of the planes on."""
+    codes[:] = 0
+    for k in range(planes.shape[0]):
+        for byte in range((count + 7) // 8):
+            bits = planes[k, first // 8 + byte]
+            for j in range(8):
+                codes[8 * byte + j] |= (bits >> np.uint8(j) & np.uint8(1)) << np.uint8(k)
+    for n in range(count):
+        steps[n] = levels[codes[n]]
+
+
+@_compiled
+def seeded_apply(
+    offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
+    planes: Any, levels: Any, source: Any, out: Any,
+) -> None:  # fmt: skip
+    """The weights of one seeded tensor that have a value become what `source` has + level."""
+    groups = (numel + stride - 1) // stride
+    where, codes = np.empty(_STEP, np.int64), np.empty(_STEP, np.uint8)
+    steps = np.empty(_STEP, np.float32)
+    for low in range(0, groups, _STEP):
+        high = min(low + _STEP, groups)
+        _positions(low, high, stride, numel, one, two, where)
+        _steps(planes, levels, start + low, high - low, codes, steps)
+        for n in range(high - low):
+            at = offset + where[n]
+            out[at] = _narrow(_wide(source[at]) + steps[n], out)
+
+
+@_compiled
+def seeded_restore(
+    offset: Any, numel: Any, stride: Any, one: Any, two: Any, base: Any, out: Any
+) -> None:
+    """The weights of one seeded tensor that have a value become the base."""
+    groups = (numel + stride - 1) // stride
+    where = np.empty(_STEP, np.int64)
+    for low in range(0, groups, _STEP):
+        high = min(low + _STEP, groups)
+        _positions(low, high, stride, numel, one, two, where)
+        for n in range(high - low):
+            at = offset + where[n]
+            out[at] = _narrow(_wide(base[at]), out)
+
+
+# -- many of them in one call: entering and leaving compiled code costs, between threads above all
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@_compiled
+def _at(address: Any, count: Any, like: Any) -> Any:
+    """An array of memory that somebody holds on to."""
+    return carray(_pointer(address), (count,), like.dtype)
+
+
+def _vector_at(address: Any, count: Any, like: Any) -> Any:
+    """The same, or None if there is no such array."""
+    raise NotImplementedError
+
+
+@overload(_vector_at, strict=False)
+def _vector_of(address: Any, count: Any, like: Any) -> Any:
+    if isinstance(like, types.NoneType):
+        return lambda address, count, like: None
+    return lambda address, count, like: _at(address, count, like)
+
+
+@_compiled
+def run_planes(
+    jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, low: Any, high: Any
+) -> None:
+    """Rows low .. high - 1 of `jobs`: see `ops.programs.Planes`. Arrays give their dtypes alone."""
+    for n in range(low, high):
+        count, planes, row = jobs[n, 0], jobs[n, 1], levels[jobs[n, 2]]
+        one, to = _at(jobs[n, 3], count, base), _at(jobs[n, 5], count, out)
+        step = _vector_at(jobs[n, 4], count, vector)
+        size = (count + 7) // 8
+        p0 = _at(jobs[n, 6], size, octets)
+        if planes == 1:
+            one_plane(one, p0, step, row[0], row[1], to)
+            continue
+        p1 = _at(jobs[n, 7], size, octets)
+        if planes == 2:
+            two_planes(one, p0, p1, step, row, to)
+            continue
+        p2 = _at(jobs[n, 8], size, octets)
+        p3 = _at(jobs[n, 9], size if planes == 4 else 0, octets)
+        four_planes(one, p0, p1, p2, p3, step, row, to)
+
+
+@_compiled
+def run_touches(
+    jobs: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any,
+    low: Any, high: Any,
+) -> None:  # fmt: skip
+    """Rows low .. high - 1 of `jobs`: see `ops.programs.Touches`."""
+    for n in range(low, high):
+        kind, count, job = jobs[n, 0], jobs[n, 1], jobs[n, 5:]
+        one, source = _at(jobs[n, 2], count, base), _at(jobs[n, 3], count, base)
+        to = _at(jobs[n, 4], count, out)
+        if kind == 0:
+            sparse_restore(_at(job[0], job[1], shorts), _at(job[2], job[3], longs), one, to)
+        elif kind == 1:
+            table = _at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
+            rows = _at(job[7], job[8], ints)
+            entries, starts = _at(job[0], job[1], shorts), _at(job[2], job[3], longs)
+            sparse_apply(entries, starts, table, rows, source, to)
+        elif kind == 2:
+            old, new = job, job[9:]
+            table = _at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
+            rows = _at(new[7], new[8], ints)
+            entries, starts = _at(new[0], new[1], shorts), _at(new[2], new[3], longs)
+            before, old_starts = _at(old[0], old[1], shorts), _at(old[2], old[3], longs)
+            sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
+        else:
+            if kind == 3:
+                seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
+                continue
+            planes = _at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
+            steps = _at(job[9], 1 << job[7], floats)
+            seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)

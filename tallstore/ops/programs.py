@@ -1,0 +1,167 @@
+"""Compiled loops over many tensors in one call, for threads that share the work.
+
+Between two calls a thread needs the interpreter, which all threads share: over a hundred tensors
+the waiting took as long as the work. Here the calls are listed as rows of numbers, addresses among
+them, and each thread works off a share of the rows in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tallstore.kernels.seeded_reference import SeededCode, value_groups
+from tallstore.kernels.sparse_reference import SparseCode
+from tallstore.ops import compiled
+
+__all__ = ["Planes", "Touches", "Words", "shares", "words"]
+
+#: A code as rows of numbers: one of a sparse code, one a tensor of a seeded one.
+Words = tuple[tuple[int, ...], ...]
+
+_RESTORE, _APPLY, _SWITCH, _RESTORE_SEEDED, _APPLY_SEEDED = range(5)
+#: Numbers of a row of `Touches`.
+_WIDTH: Final = 23
+_OCTETS: Final = np.zeros(0, np.uint8)
+_SHORTS: Final = np.zeros(0, np.uint16)
+_INTS: Final = np.zeros(0, np.int32)
+_LONGS: Final = np.zeros(0, np.int64)
+_FLOATS: Final = np.zeros(0, np.float32)
+
+
+def shares(sizes: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
+    """Cut a row of jobs into at most `count` runs of about the same size: (first, after last)."""
+    if not sizes:
+        return
+    # A job takes time even if there is nothing to it.
+    ends = np.cumsum(np.asarray(sizes, np.int64) + 1)
+    wanted = ends[-1] * np.arange(1, count + 1) // count
+    low = 0
+    for high in np.unique(np.searchsorted(ends, wanted) + 1).tolist():
+        yield low, high
+        low = high
+
+
+class Planes:
+    """`reconstruct` of many tensors: base + levels[code] * vector.
+
+    Parameters
+    ----------
+    parts
+        (base, planes, vector, row of `levels`, out) of each; `compiled.takes` the weights, all of
+        the same dtypes, planes uint8, shape (K, at least ceil(n / 8)). They are held on to.
+    levels
+        float32, shape (R, 2**K).
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, torch.Tensor]],
+        levels: torch.Tensor,
+    ) -> None:
+        self._held = parts
+        self._levels = np.zeros((levels.shape[0], 16), np.float32)
+        self._levels[:, : levels.shape[1]] = levels.numpy()
+        rows = np.zeros((len(parts), 10), np.int64)
+        for row, (base, planes, vector, level, out) in zip(rows, parts, strict=True):
+            count = planes.shape[0]
+            row[:6] = (
+                base.numel(), count, level, base.data_ptr(),
+                0 if vector is None else vector.data_ptr(), out.data_ptr(),
+            )  # fmt: skip
+            row[6 : 6 + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
+        self._rows = rows
+        base, _, vector, _, out = parts[0]
+        self._like = (
+            compiled.like(base),
+            None if vector is None else compiled.like(vector),
+            compiled.like(out),
+        )
+
+    def run(self, low: int, high: int) -> None:
+        """Write parts low .. high - 1."""
+        compiled.loops().run_planes(self._rows, self._levels, *self._like, _OCTETS, low, high)
+
+
+def words(code: SparseCode | SeededCode) -> Words:
+    """What `Touches` takes of a code, worked out once; the code must be held on to."""
+    if isinstance(code, SparseCode):
+        rows = _INTS if code.rows is None else code.rows
+        return ((
+            code.entries.data_ptr(), code.entries.numel(),
+            code.starts.data_ptr(), code.starts.numel(),
+            code.table.data_ptr(), *code.table.shape,
+            0 if code.rows is None else code.rows.data_ptr(), len(rows),
+        ),)  # fmt: skip
+    planes, table = code.planes, code.table
+    starts = value_groups(code.tensors)
+    return tuple(
+        (*place, start, planes.data_ptr(), *planes.shape, levels.data_ptr())
+        for place, start, levels in zip(compiled.places(code), starts, table, strict=False)
+    )
+
+
+@dataclass(slots=True)
+class Touches:
+    """Restoring, applying and switching sparse codes of many tensors."""
+
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Of the rows, in touched weights, roughly."""
+    _like: tuple[Any, ...] = ()
+    _made: npt.NDArray[np.int64] | None = None
+
+    def add(
+        self, old: Words | None, new: Words | None, base: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """One tensor: take back `old`, if there is one, then apply `new`, if there is one.
+
+        The weights have the dtypes of those added first. What the words were made from, and the
+        tensors, must be held on to by the caller.
+        """
+        self._like = self._like or (compiled.like(base), compiled.like(out))
+        there = base.numel(), base.data_ptr(), base.data_ptr(), out.data_ptr()
+        # What was restored is the base: reading it where it is written spares reading the other.
+        again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
+        if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
+            self._row(_SWITCH, again, (*old[0], *new[0]), old[0][1] + new[0][1])
+            return
+        moved = old is not None and (new is None or not _same_places(old, new))
+        for row in old if old is not None and moved else ():
+            kind = _RESTORE if len(row) == 9 else _RESTORE_SEEDED
+            self._row(kind, there, row, _size(row))
+        for row in new or ():
+            kind = _APPLY if len(row) == 9 else _APPLY_SEEDED
+            self._row(kind, again if moved else there, row, _size(row))
+
+    def _row(self, kind: int, where: tuple[int, ...], rest: tuple[int, ...], size: int) -> None:
+        row = (kind, *where, *rest)
+        self.rows.append(row + (0,) * (_WIDTH - len(row)))
+        self.sizes.append(size)
+
+    def run(self, low: int, high: int) -> None:
+        """Do rows low .. high - 1."""
+        if self._made is None:
+            self._made = np.array(self.rows, np.int64)
+        like = (_OCTETS, _SHORTS, _INTS, _LONGS, _FLOATS)
+        compiled.loops().run_touches(self._made, *self._like, *like, low, high)
+
+
+def _is_sparse(code: Words) -> bool:
+    return len(code) == 1 and len(code[0]) == 9
+
+
+def _size(row: tuple[int, ...]) -> int:
+    return row[1] if len(row) == 9 else -(-row[1] // row[2])
+
+
+def _same_places(old: Words, new: Words) -> bool:
+    """Whether two seeded codes touch the same weights."""
+    return len(old) == len(new) and all(
+        len(a) == len(b) == 10 and a[:5] == b[:5] for a, b in zip(old, new, strict=True)
+    )

@@ -1,0 +1,177 @@
+"""The compiled loops: the same bits as the plain reference, many tensors in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import bits, run_child
+
+pytest.importorskip("numba")
+
+from tallstore import ops
+from tallstore.errors import DeviceError
+from tallstore.kernels import reference, seeded_reference, sparse_reference
+from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
+from tallstore.ops import compiled
+from tallstore.ops.programs import Planes, Touches, shares, words
+
+assert compiled.load()
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def draw(generator: np.random.Generator, n: int, dtype: torch.dtype) -> torch.Tensor:
+    weights = torch.from_numpy(generator.standard_normal(n, np.float32))
+    weights[::7], weights[3::11] = -0.0, torch.inf
+    return weights.to(dtype)
+
+
+def draw_planes(generator: np.random.Generator, count: int, n: int, density: float) -> torch.Tensor:
+    found = generator.random((count, -(-n // 8) * 8)) < density
+    return torch.from_numpy(np.packbits(found, axis=1, bitorder="little"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    count=st.integers(1, 4),
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
+    vector=st.sampled_from([None, *FLOATS]),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_planes_of_many_tensors(
+    sizes: list[int],
+    count: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    vector: torch.dtype | None,
+    threads: int,
+    seed: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    levels = torch.from_numpy(generator.standard_normal((len(sizes), 1 << count), np.float32))
+    parts, wanted = [], []
+    for row, n in enumerate(sizes):
+        base = draw(generator, n, dtypes[0])
+        step = None if vector is None else draw(generator, n, vector)
+        planes = draw_planes(generator, count, n, 0.5)
+        parts.append((base, planes, step, row, torch.empty(n, dtype=dtypes[1])))
+        line = levels[row].tolist()
+        wanted.append(reference.reconstruct(base, planes, step, line, dtypes[1]))
+    program = Planes(parts, levels)
+    for low, high in shares(sizes, threads):
+        program.run(low, high)
+    assert [bits(part[-1]) for part in parts] == [bits(tensor) for tensor in wanted]
+
+
+def code_of(generator: np.random.Generator, kind: str, n: int) -> Any:
+    if kind == "sparse":
+        rows = torch.from_numpy(generator.integers(0, 2, -(-n // 1024)).astype(np.int32))
+        table = torch.tensor([[-0.0, 0.5, -0.25, 2.0], [-0.0, -1.0, 1.0, 0.125]])
+        planes = draw_planes(generator, 2, n, 0.03)
+        return ops.compress_planes(planes, n, table, rows=rows)
+    cut, stride = n // 2 // 1024 * 1024, int(generator.integers(1, 9))
+    tensors = [
+        SeededTensor(seed=5, number=number, stride=stride, offset=offset, numel=numel)
+        for number, (offset, numel) in enumerate([(0, cut), (cut, n - cut)])
+        if numel
+    ]
+    count = int(generator.integers(1, 5))
+    planes = draw_planes(generator, count, value_groups(tensors)[-1], 0.5)
+    table = torch.from_numpy(generator.standard_normal((len(tensors), 1 << count), np.float32))
+    return build(tensors, planes, table, n)
+
+
+def plain(code: Any) -> Any:
+    return sparse_reference if isinstance(code, ops.SparseCode) else seeded_reference
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=4),
+    kinds=st.lists(st.sampled_from(["sparse", "seeded", "none"]), min_size=3, max_size=3),
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_from_code_to_code(
+    sizes: list[int],
+    kinds: list[str],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    threads: int,
+    seed: int,
+) -> None:
+    """Each tensor goes through three codes in turn, "none" being the base."""
+    generator = np.random.default_rng(seed)
+    bases = [draw(generator, n, dtypes[0]) for n in sizes]
+    outs = [base.to(dtypes[1]).clone() for base in bases]
+    before: list[Any] = [None] * len(sizes)
+    for kind in kinds:
+        codes = [None if kind == "none" else code_of(generator, kind, n) for n in sizes]
+        touches = Touches()
+        for old, new, base, out in zip(before, codes, bases, outs, strict=True):
+            touches.add(*(None if c is None else words(c) for c in (old, new)), base, out)
+        for low, high in shares(touches.sizes, threads):
+            touches.run(low, high)
+        for code, base, out in zip(codes, bases, outs, strict=True):
+            wanted = base.to(dtypes[1]).clone()
+            if code is not None:
+                plain(code).apply(code, base, wanted)
+            assert bits(out) == bits(wanted)
+        before = codes
+
+
+def test_shares_are_all_jobs_once() -> None:
+    assert list(shares([], 4)) == []
+    for sizes in ([1], [5, 5, 5, 5], [100, 1, 1, 1], [0, 0, 0, 9], [0, 0]):
+        found = list(shares(sizes, 3))
+        assert [n for low, high in found for n in range(low, high)] == list(range(len(sizes)))
+        assert len(found) <= 3
+
+
+def test_what_torch_makes_of_nan() -> None:
+    kinds = np.array([0x7F800001, 0x7FC00000, 0xFFC00001, 0x7F7FFFFF, 0x7F800000], np.uint32)
+    base = torch.from_numpy(np.tile(kinds, 40).view(np.float32))
+    out, planes = torch.empty(200, dtype=torch.bfloat16), torch.zeros(1, 25, dtype=torch.uint8)
+    ops.reconstruct(base, planes, None, [-0.0, 1.0], out, backend="compiled")
+    assert bits(out) == bits(base.to(torch.bfloat16))
+
+
+def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tallstore.ops import jit
+
+    def refuse(**options: bool) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(jit, "njit", refuse)
+    assert jit._compiled(max) is max
+
+
+def test_without_numba() -> None:
+    run_child("""
+import sys
+sys.modules["numba"] = None
+import torch
+from tallstore import errors, ops
+from tallstore.ops import compiled
+assert not compiled.load() and not compiled.loaded()
+assert ops.choose_backend(torch.device("cpu"), None, compiles=True) == "cpu"
+try:
+    ops.choose_backend(torch.device("cpu"), "compiled", compiles=True)
+except errors.DeviceError as exc:
+    assert "pip install 'tallstore[cpu]'" in str(exc), exc
+else:
+    raise SystemExit("no refusal")
+""")
+
+
+def test_loops_stay_on_the_cpu() -> None:
+    with pytest.raises(DeviceError, match="backend='compiled': the tensors are on meta"):
+        ops.choose_backend(torch.device("meta"), "compiled")
