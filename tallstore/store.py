@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -16,6 +17,8 @@ from tallstore.errors import (
     CorruptStoreError,
     OptionError,
     StoreClosedError,
+    StoreWarning,
+    TallstoreError,
     UnknownTaskError,
 )
 
@@ -335,7 +338,7 @@ class TallStore:
             report=report,
         )
         if as_task is not None:
-            self.refresh()
+            self._show_written()
         return result
 
     def verify(self, *, report: Report | None = None) -> Verification:
@@ -428,7 +431,7 @@ class TallStore:
                 timeout=self._timeout,
                 report=report,
             )
-        self.refresh()
+        self._show_written()
         return notes
 
     def remove(self, *names: str) -> None:
@@ -437,7 +440,21 @@ class TallStore:
 
         self._check_writing()
         remove_tasks(self.path, names, timeout=self._timeout)
-        self.refresh()
+        self._show_written()
+
+    def _show_written(self) -> None:
+        """Show what was just written, if LMDB lets it: tidying up may have failed after it."""
+        try:
+            self.refresh()
+        except TallstoreError as exc:
+            if exc is not self._held().failed_write:
+                raise
+            warnings.warn(
+                f"{self.path}: what was written is there, but this handle cannot show it, since "
+                f"tidying up failed afterwards ({exc}); close it and open the store again",
+                StoreWarning,
+                stacklevel=3,
+            )
 
     def refresh(self) -> None:
         """Show what is committed now."""

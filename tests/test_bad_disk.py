@@ -15,12 +15,14 @@ from stored import Stored, refused, remove
 from zoo import child_environment, fine_tune, make_base, run_child
 
 import tallstore
+from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import (
     CorruptStoreError,
     StoreFullError,
     StoreIOError,
     StoreLockedError,
     StoreReadOnlyError,
+    StoreWarning,
     TruncatedStoreError,
 )
 
@@ -222,6 +224,32 @@ def test_a_failing_device(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> No
         tallstore.save(stored.base, stored.path, overwrite=True)
     monkeypatch.undo()
     stored.check()
+
+
+def test_tidying_up_that_fails_after_a_write(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB begins nothing more then; what was written is there all the same, and is not refused."""
+    failure = StoreFullError("no room to tidy up")
+
+    def panicking(path: Path) -> Snapshot:
+        monkeypatch.undo()
+        raise failure
+
+    with tallstore.open(stored.path, "a") as store:
+        environment = store._held()._environment
+        assert environment is not None
+        environment.failure = failure
+        monkeypatch.setattr("tallstore.store.open_snapshot", panicking)
+        with pytest.warns(StoreWarning, match="is there, but this handle cannot .*no room to tidy"):
+            store.add({"new": fine_tune(make_base(), 9)})
+        assert "new" not in store.tasks
+        monkeypatch.setattr("tallstore.store.open_snapshot", panicking)
+        environment.failure = None
+        with pytest.raises(StoreFullError, match="no room to tidy up"):
+            store.remove("new")
+    with tallstore.open(stored.path) as store:
+        assert "new" not in store.tasks
 
 
 def test_truncation_is_no_corruption_of_another_kind() -> None:

@@ -22,6 +22,7 @@ from tallstore.errors import (
     CorruptStoreError,
     NotAStoreError,
     StoreClosedError,
+    TallstoreError,
     TruncatedStoreError,
 )
 
@@ -67,6 +68,11 @@ class Snapshot:
             except BaseException:
                 self._transaction.abort()
                 raise
+
+    @property
+    def failed_write(self) -> TallstoreError | None:
+        """How a write of this process to the same file failed, after which LMDB begins nothing."""
+        return None if self._environment is None else self._environment.failure
 
     def close(self) -> None:
         """End the transaction, so that its pages can be used again."""
