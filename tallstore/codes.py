@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from tallstore import strictjson
 from tallstore.errors import CorruptStoreError
 from tallstore.layout import BLOCK, Layout, Piece
@@ -30,6 +32,7 @@ __all__ = [
     "code_from_json",
     "code_to_json",
     "level_rows",
+    "levels_to_json",
     "seeded_capacity",
     "seeded_pieces",
     "segment_code_from_json",
@@ -52,8 +55,8 @@ TALL_LEVELS: Final = (0.0, 1.0)
 #: Level of a weight that no value touches: x + -0.0 is x for every x, to the bit.
 _UNTOUCHED: Final = -0.0
 _SHARED, _OVER_BASE = 1, 2
-#: float32's largest.
-_MAX_LEVEL: Final = float.fromhex("0x1.fffffep+127")
+#: What rounds to float32's largest, and not to infinity.
+_MAX_LEVEL: Final = float.fromhex("0x1.fffffefp+127")
 _MAX_COUNT: Final = 1 << 60
 
 
@@ -296,15 +299,26 @@ def segment_code_from_json(record: Sequence[Any], segments: int, what: str) -> S
     _count(stride, MAX_STRIDE, what)
     if (stride > 0) != (form == SEEDED):
         raise CorruptStoreError(f"{what}: segment {segment} has a stride of {stride}")
-    return SegmentCode(segment, form, tuple(float(n) for n in levels), stride)
+    rounded = np.asarray(levels, np.float64).astype(np.float32)
+    return SegmentCode(segment, form, tuple(map(float, rounded)), stride)
 
 
 def stats_to_json(stats: Iterable[SegmentStats], *, plain: bool) -> list[list[Any]]:
-    """As they stand in a document."""
+    """As they stand in a document: to six digits, since they are for people, and take room."""
     return [
-        [s.segment, s.density, s.relative_error, s.moved, *([] if plain else [s.projection])]
+        [s.segment, *map(_six, (s.density, s.relative_error, s.moved))]
+        + ([] if plain else [None if s.projection is None else _six(s.projection)])
         for s in stats
     ]
+
+
+def _six(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def levels_to_json(levels: Sequence[float]) -> list[float]:
+    """float32 numbers in as few digits as name them; `segment_code_from_json` rounds them back."""
+    return [float(str(level)) for level in np.asarray(levels, np.float32)]
 
 
 def stats_from_json(record: Sequence[Any], what: str) -> SegmentStats:

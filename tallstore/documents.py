@@ -20,6 +20,7 @@ from tallstore.codes import (
     SegmentStats,
     code_from_json,
     code_to_json,
+    levels_to_json,
     segment_code_from_json,
     stats_from_json,
     stats_to_json,
@@ -334,7 +335,8 @@ class TaskDocument:
         plain = self.codings is None
         codings = {
             "codings": [
-                [c.segment, c.form, list(c.levels), c.stride] for c in (self.codings or {}).values()
+                [c.segment, c.form, levels_to_json(c.levels), c.stride]
+                for c in (self.codings or {}).values()
             ],
             "seed": self.seed,
         }

@@ -43,8 +43,9 @@ def test_bits_are_met(tmp_path: Path, large: tuple[State, State], budget: float)
     with tallstore.open(path) as store:
         document = store._snapshot.stream(store.tasks["x"].document).stored
         found = 8 * (store.stored_bytes("x") - document) / weights
-        # Values are padded to whole blocks of 1024 in each span, and a chunk has a header.
-        assert found <= 1.03 * budget + 0.02
+        # Values are padded to whole blocks of 1024 in each span, and a chunk has a header; a plane
+        # has a table of its symbols.
+        assert found <= 1.04 * budget + 0.02
         assert found >= 0.75 * budget
         assert store.tasks["x"].parameters is not None
         assert store.tasks["x"].parameters["bits_per_weight"] == budget

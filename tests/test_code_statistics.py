@@ -63,11 +63,11 @@ def test_of_tensors_and_of_the_task(tmp_path: Path, options: dict[str, Any], gai
                 coding = described.code_of(_spec(described, key))
                 if coding is not None and not coding.startswith("levels"):
                     touched = float((given != 0).double().mean())
-                    assert stats.density == pytest.approx(touched, abs=1e-9)
+                    assert stats.density == pytest.approx(touched, rel=1e-5)
                 if options["code"] == "auto" and stats.density == 0:
                     assert stats.gain == 0 and stats.relative_error == 1  # left as it was
                 elif gain == "unbiased":
-                    assert stats.gain == pytest.approx(1)
+                    assert stats.gain == pytest.approx(1, rel=2e-5)
                 elif gain == "norm":
                     assert float(given.norm()) == pytest.approx(stats.moved, rel=1e-3)
                 else:

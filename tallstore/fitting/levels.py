@@ -66,5 +66,6 @@ def signed_levels(magnitudes: Sequence[float], bits: int, factor: float) -> tupl
     half = 1 << (bits - 1)
     with np.errstate(over="ignore"):
         scaled = (np.asarray(magnitudes, np.float64) * factor).astype(np.float32)
-    padded = [float(level) for level in scaled] + [0.0] * (half - len(scaled))
+    # -0.0 leaves every weight as it is, to the bit; 0.0 would make a -0.0 of the base 0.0.
+    padded = [float(level) or -0.0 for level in scaled] + [0.0] * (half - len(scaled))
     return (*padded, *(-level for level in padded))

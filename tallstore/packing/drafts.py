@@ -146,7 +146,11 @@ class SpanCodes:
             stats.projection += _dot(given, size)
             stats.norm += _dot(given, given)
             sign = moves if vector is None else moves * np.sign(vector)
-            code = index | np.signbit(sign).view(np.uint8) << np.uint8(draft.bits - 1)
+            negative = np.signbit(sign)
+            if not draft.magnitudes[0]:
+                # Of two codes for nothing one alone is used: that takes fewer bits on disk.
+                negative &= index > 0
+            code = index | negative.view(np.uint8) << np.uint8(draft.bits - 1)
             for k in range(draft.bits):
                 packed = pack_bits((code >> np.uint8(k) & np.uint8(1)).view(np.bool_))
                 self.planes[k, first : first + packed.size] |= packed

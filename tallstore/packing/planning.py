@@ -18,7 +18,8 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
 from tallstore.mergestream.feed import shapes
-from tallstore.packing.allotting import Allotment, Offers, dense_choice
+from tallstore.packing.allotting import Allotment, Offers, block
+from tallstore.packing.choices import dense_choice
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.drafting import fixed_drafts, seeded_draft
 from tallstore.packing.drafts import Draft
@@ -73,6 +74,9 @@ class Planner:
             n: math.prod(shape[1:]) if len(shape) > 1 else 1
             for n, (_, shape) in shapes(base.contents.tensors, base.contents.segments).items()
         }
+        self._blocks: dict[int, int | None] = {}
+        for tensor in base.contents.tensors:
+            self._blocks.setdefault(tensor.segment, block(tensor.name))
         self._vector = vector
         self._options = options
         self._workers = workers
@@ -175,7 +179,7 @@ class Planner:
                 f"keep={share}: evaluate({candidate.name!r}, ...) gave {whole} for the original; a "
                 "share of it needs a score above 0"
             )
-        offers = Offers(found, options.gain, self._fans)
+        offers = self._offers(found)
         target = self._target(candidate, {}, options, True)
         score = -math.inf
         for bits in _LADDER:
@@ -189,6 +193,9 @@ class Planner:
             f"the original's {whole:.4g} was asked for: the exact tier is kept too"
         )
         return replace(target, exact=True, score=whole), [note]
+
+    def _offers(self, found: Mapping[int, Magnitudes]) -> Offers:
+        return Offers(found, self._options.gain, fans=self._fans, blocks=self._blocks)
 
     def _stage(self, name: str, candidate: Candidate) -> Progress:
         return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
@@ -209,9 +216,9 @@ class Planner:
         if options.code != "auto":
             return fixed_drafts(options, found, partial(self._values, candidate))
         if options.max_error is not None:
-            return _within_error(candidate.name, Offers(found, options.gain), options.max_error)
+            return _within_error(candidate.name, self._offers(found), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        offers = Offers(found, options.gain, self._fans)
+        offers = self._offers(found)
         bought = offers.within(bits)
         if bought.drafts and all(draft.left for draft in bought.drafts.values()):
             raise OptionError(

@@ -13,7 +13,7 @@ from tallstore.codecs import Bytes
 from tallstore.dtypes import is_codable
 from tallstore.fitting import DEFAULT_GAIN, Magnitudes
 from tallstore.layout import Layout
-from tallstore.packing.allotting import Choice, dense_choice, sparse_choice
+from tallstore.packing.choices import Choice, dense_choice, sparse_choice
 from tallstore.packing.drafting import dense_draft, moving, sparse_draft
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.surveying import span_moves
