@@ -1,7 +1,7 @@
 """Stores written once and committed: what is on disk today must be read for ever.
 
-The files come from tests/golden/make.py and are never made by a test. A second, independent reader
-follows FORMAT.md with lmdb, xxhash and zstandard alone.
+The files come from tests/golden/make.py and are never made by a test. A second reader,
+tests/format_reader.py, knows FORMAT.md alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import lmdb
 import numpy as np
 import pytest
 import torch
-import xxhash
-import zstandard
+from format_reader import SIZES, Reader, corrected, narrowed, widened
 from helpers import assert_same
 from zoo import ROOT, bits, fine_tune
 
@@ -30,6 +28,7 @@ import tallstore
 HERE = Path(__file__).resolve().parent / "golden"
 #: Another digest is another format: see tests/golden/make.py.
 DIGESTS: dict[str, str] = {
+    "codes.tall": "fdef18dd0db87230bedfa69d21f41e5e83151a8b37bf5f7395d3dc75a8beafbd",
     "external.tall": "cb5101d1894bf4b37c4ca4acf86aeaf227a9e3eb29b1a7e7a0d5f2d16b153d5c",
     "plain.tall": "52f0388b363bfc2a38de4a33f4d655ab3f4523a2741b1b5b00f36be3a0b3cbfa",
     "zoo.tall": "66acb9e7af3f7bffef095d572f6d75a5677bea06d8da5256bca64f45dae12d77",
@@ -54,10 +53,10 @@ def golden(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_files_are_those_that_were_committed() -> None:
-    assert len(DIGESTS) == 3
+    assert len(DIGESTS) == 4
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in HERE.glob("*.tall")}
     assert found == DIGESTS
-    assert all(path.stat().st_size < 64 << 10 for path in HERE.glob("*.tall"))
+    assert all(path.stat().st_size < 128 << 10 for path in HERE.glob("*.tall"))
 
 
 def test_git_does_not_ignore_them() -> None:
@@ -107,6 +106,21 @@ def test_the_store_with_its_base_in_another(golden: dict[str, Path]) -> None:
         assert_same(store.load(), base)
         for name, state in make.others().items():
             assert_same(store.load(name), state)
+
+
+def test_the_store_of_all_codes(golden: dict[str, Path]) -> None:
+    path = golden["codes.tall"]
+    base, tasks = make.coded()
+    with tallstore.open(path) as store:
+        assert store.format_version == 2 and store.verify().ok
+        assert {name: task.code for name, task in store.tasks.items()} == {
+            name: options["code"] for name, options in make.CODES.items()
+        }
+        assert_same(store.load(), base)
+        for name, options in make.CODES.items():
+            assert store.tasks[name].exact == options.get("exact", False)
+            if options.get("exact"):
+                assert_same(store.load(name), tasks[name])
 
 
 def test_what_is_written_today_is_written_in_the_version_that_it_needs(tmp_path: Path) -> None:
@@ -163,103 +177,12 @@ def test_a_golden_store_can_be_written_to(golden: dict[str, Path]) -> None:
     assert_same(tallstore.load(path, task="new"), fine_tune(base, 1))
 
 
-# -- another reader, from FORMAT.md -------------------------------------------------------
-
-
-class Reader:
-    """Sections 2 to 7 of FORMAT.md, in as few lines as they take."""
-
-    def __init__(self, path: Path) -> None:
-        options: dict[str, Any] = {"subdir": False, "readonly": True, "lock": False}
-        with lmdb.Environment(str(path), **options) as env, env.begin() as txn:
-            self.items = {bytes(key): bytes(value) for key, value in txn.cursor()}
-        value = self.items[b"manifest"]
-        magic, version, zero, self.store = struct.unpack("<8sII16s", value[:32])
-        self.manifest = json.loads(self.chunk(value[32:], value[:32], b"manifest"))
-        needs = self.manifest["body"].get("requires", [])
-        assert (magic, version, zero) == (b"TALLSTOR", 2 if needs else 1, 0)
-        assert set(needs) <= {"external-base"}
-        self.streams = {row[0]: row[1:] for row in self.manifest["streams"]}
-        assert {struct.unpack(">QI", k)[0] for k in self.items if len(k) == 12} == set(self.streams)
-
-    @staticmethod
-    def chunk(value: bytes, store: bytes, key: bytes) -> bytes:
-        head, payload = value[:48], value[48:]
-        magic, codec, parameter, raw, size = struct.unpack("<4sBBxxQQ8x", head[:32])
-        assert magic == b"TSC1" and size == len(payload)
-        assert xxhash.xxh3_128(store + key + head[:32] + payload).digest() == head[32:]
-        if codec == 0:
-            data = payload
-        elif codec == 1:
-            data = zstandard.ZstdDecompressor().decompress(payload)
-        else:
-            assert codec == 2
-            lengths = struct.unpack(f"<{parameter}I", payload[: 4 * parameter])
-            place, planes = 4 * parameter, []
-            for length in lengths:
-                body = payload[place : place + (length & 0x7FFFFFFF)]
-                place += len(body)
-                whole = body if length >> 31 else zstandard.ZstdDecompressor().decompress(body)
-                planes.append(np.frombuffer(whole, np.uint8))
-            data = np.stack(planes, 1).tobytes()
-        assert len(data) == raw
-        return data
-
-    def stream(self, number: int) -> bytes:
-        size, raw, stored = self.streams[number]
-        keys = [struct.pack(">QI", number, chunk) for chunk in range(-(-raw // size))]
-        assert sum(len(self.items[key]) for key in keys) == stored
-        data = b"".join(self.chunk(self.items[key], self.store, key) for key in keys)
-        assert len(data) == raw
-        return data
-
-    @staticmethod
-    def places(segments: list[list[Any]]) -> list[tuple[int, int]]:
-        """(arena, first weight) of each segment."""
-        order: list[str] = list(dict.fromkeys(dtype for dtype, _ in segments))
-        ends, found = [0] * len(order), []
-        for dtype, count in segments:
-            arena = order.index(dtype)
-            found.append((arena, ends[arena]))
-            ends[arena] += -(-count // 1024) * 1024
-        return found
-
-
 @pytest.mark.parametrize("name", sorted(DIGESTS))
 def test_every_chunk_by_the_format(golden: dict[str, Path], name: str) -> None:
     reader = Reader(golden[name])
     assert len([reader.stream(number) for number in reader.streams]) >= 5
-    more = {"requires"} if name == "external.tall" else set()
+    more = {"requires"} if name in ("external.tall", "codes.tall") else set()
     assert set(reader.manifest["body"]) == {"base", "vector", "tasks"} | more
-
-
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
-
-
-def widened(words: Any) -> Any:
-    """Bit patterns of float32 or bfloat16 as float32."""
-    if words.dtype == np.uint32:
-        return words.view(np.float32)
-    return (words.astype(np.uint32) << 16).view(np.float32)
-
-
-def narrowed(weights: Any, word: Any) -> Any:
-    """Float32 to bit patterns, rounded to nearest even where they are bfloat16's."""
-    whole = weights.view(np.uint32)
-    if word is np.uint32:
-        return whole
-    return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def corrected(predicted: Any, zigzag: Any, dtype: str) -> Any:
-    """The exact tier."""
-    word = predicted.dtype.type
-    step = (zigzag >> word(1)) ^ (word(0) - (zigzag & word(1)))
-    if dtype == "int64":
-        return predicted + step
-    sign = word(1 << (8 * predicted.itemsize - 1))
-    back = np.where(predicted & sign, ~predicted, predicted | sign) + step
-    return np.where(back & sign, back ^ sign, ~back).astype(word)
 
 
 @pytest.mark.parametrize("store", ["zoo.tall", "external.tall"])

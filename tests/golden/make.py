@@ -1,6 +1,7 @@
 """Makes the golden stores: ``python tests/golden/make.py NAME``, once for each format version.
 
-``plain`` and ``zoo`` are of version 1; ``external``, of version 2, refers to the base of ``zoo``.
+``plain`` and ``zoo`` are of version 1; ``external``, of version 2, refers to the base of ``zoo``,
+and ``codes``, of version 2 too, has every form of code.
 
 They are committed, and tests/test_golden.py reads them for ever after: whoever has to run this
 again has changed the format, must say so in the commit, and must put the digests that this prints
@@ -20,9 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["LAMBDA", "added", "others", "plain", "plain_task", "zoo"]
+__all__ = ["CODES", "LAMBDA", "added", "coded", "others", "plain", "plain_task", "zoo"]
 
 LAMBDA = 0.4
+#: How each task of ``codes`` is coded, the first while it is packed, the others added.
+CODES: dict[str, dict[str, Any]] = {
+    "over": {"code": "levels", "over": "shared", "bits": 3, "vector_dtype": "int4"},
+    "signs": {"code": "signs", "density": 0.04, "exact": True},
+    "seeded": {"code": "seeded", "density": 0.15, "bits": 2, "exact": True, "seed": 7},
+    "levels": {"code": "levels", "bits": 4},
+    "auto": {"code": "auto", "bits_per_weight": 2.5, "exact": True},
+}
 State = dict[str, torch.Tensor]
 
 
@@ -142,9 +151,30 @@ def others() -> dict[str, State]:
     return tasks
 
 
+def coded() -> tuple[State, dict[str, State]]:
+    """A base with tensors large enough for every codec, and a fine-tune for each of `CODES`."""
+    base = {
+        "embed": floats((60, 50), 120),
+        "layers.0.weight": floats((90, 50), 121),
+        "layers.0.bias": floats((90,), 122),
+        "half": floats((33, 33), 123).bfloat16(),
+        "steps": torch.arange(4),
+    }
+    tasks: dict[str, State] = {}
+    for number, name in enumerate(CODES):
+        tasks[name] = {
+            key: (t.float() + floats(tuple(t.shape), 130 + 10 * number + i) ** 3 / 64).to(t.dtype)
+            if t.is_floating_point()
+            else t.clone()
+            for i, (key, t) in enumerate(base.items())
+        }
+    return base, tasks
+
+
 def main() -> None:
     """Write one file and print its digest."""
     import tallstore
+    import tallstore.appending
     import tallstore.packing.pack
     import tallstore.workers
     import tallstore.writing
@@ -152,7 +182,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     tallstore.workers.cores = lambda: 1  # one thread: chunks come to LMDB in one order
     os.urandom = lambda size: bytes(range(size))  # the stores' identities
-    for module in (tallstore.packing.pack, tallstore.writing):
+    for module in (tallstore.packing.pack, tallstore.appending, tallstore.writing):
         module.now = lambda: "2026-01-01T00:00:00+00:00"  # type: ignore[attr-defined]
     os.chdir(here)  # paths that are written down are names alone
     (name,) = sys.argv[1:]
@@ -170,8 +200,14 @@ def main() -> None:
         tallstore.pack(
             path, None, others(), tall_lambda=LAMBDA, exact=True, external_base="zoo.tall"
         )
+    elif name == "codes":
+        base, tasks = coded()
+        first = next(iter(CODES))
+        tallstore.pack(path, base, {first: tasks.pop(first)}, compress=True, **CODES[first])
+        for task, state in tasks.items():
+            tallstore.add(path, {task: state}, **CODES[task])
     else:
-        raise SystemExit(f"{name}: plain, zoo or external")
+        raise SystemExit(f"{name}: plain, zoo, external or codes")
     tallstore.compact(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     print(f'    "{path.name}": "{digest}",  # {path.stat().st_size} bytes')
