@@ -71,8 +71,9 @@ def plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
                 continue
             bits, kept, error = zip(*points, strict=True)
             ours = code == "tallstore"
+            bars = [e if k > FLOOR else 0.0 for k, e in zip(kept, error, strict=True)]
             panel.errorbar(
-                bits, [max(k, FLOOR) for k in kept], yerr=error, color=colour, marker=marker,
+                bits, [max(k, FLOOR) for k in kept], yerr=bars, color=colour, marker=marker,
                 markersize=8 if ours else 5, linewidth=2.2 if ours else 0.9, label=code,
                 zorder=3 if ours else 2, capsize=2,
             )  # fmt: skip
@@ -84,7 +85,11 @@ def plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         panel.grid(True, which="major", linewidth=0.3)
         panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     panels[0][0].set_ylabel(f"kept of the fine-tuned (drawn at {FLOOR:.0%} where less)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    shown = [panel.get_legend_handles_labels() for panel in panels[0]]
+    named = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+    order = [code for code in COLOURS if code in named]
+    figure.legend(
+        [named[code] for code in order], order, loc="outside lower center", ncols=6, frameon=False
+    )
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
