@@ -15,7 +15,7 @@ from tallstore.codes import PLANES, TALL_LEVELS, ArenaCode, SegmentCode
 from tallstore.coding import CodeStats, Floats, to_float32
 from tallstore.decoding import Decoder
 from tallstore.describing import describe
-from tallstore.documents import CODE, OWN, BaseDocument, Part, TaskDocument
+from tallstore.documents import CODE, OWN, BaseDocument, Contents, Part, TaskDocument
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.session import WriteSession
 from tallstore.errors import CorruptStoreError, MismatchError, OptionError, UnknownTaskError
@@ -266,7 +266,8 @@ def _check_same(held: HeldStore, name: str, document: TaskDocument, source: Sour
     """Refuse a checkpoint that differs in what the task has without codes: that has to agree."""
     contents = document.contents
     why = "it is not the checkpoint that the task was coded from"
-    if tuple(source.tensors) != contents.tensors or tuple(source.segments) != contents.segments:
+    segments = _segments(contents, source)
+    if segments is None:
         raise MismatchError(
             f"{source.label}: its tensors are not those of task {name!r} of "
             f"{held.snapshot.path}: {why}"
@@ -276,7 +277,8 @@ def _check_same(held: HeldStore, name: str, document: TaskDocument, source: Sour
         start, size = 0, itemsize(contents.segments[number].dtype)
         for part in parts:
             stop = start + part.count
-            if part.kind != CODE and not _equal(kept, source, number, start * size, stop * size):
+            there = (number, segments[number])
+            if part.kind != CODE and not _equal(kept, source, there, start * size, stop * size):
                 known = [tensor.name for tensor in contents.tensors if tensor.segment == number]
                 raise MismatchError(
                     f"{source.label}: {known[0]!r} is not that of task {name!r} of "
@@ -285,12 +287,36 @@ def _check_same(held: HeldStore, name: str, document: TaskDocument, source: Sour
             start = stop
 
 
-def _equal(one: Source, other: Source, segment: int, start: int, stop: int) -> bool:
-    """Whether two checkpoints have the same bytes in a part of a segment."""
+def _segments(contents: Contents, source: Source) -> dict[int, int] | None:
+    """The segment of a checkpoint for each of a task's; None where its tensors are others.
+
+    Their order, and which are Parameters, may differ: the same weights come as a state dict and as
+    a file.
+    """
+    others = {tensor.name: tensor for tensor in source.tensors}
+    if others.keys() != {tensor.name for tensor in contents.tensors}:
+        return None
+    found: dict[int, int] = {}
+    for tensor in contents.tensors:
+        other = others[tensor.name]
+        same = replace(
+            other,
+            segment=tensor.segment,
+            parameter=tensor.parameter,
+            requires_grad=tensor.requires_grad,
+        )
+        if same != tensor or found.setdefault(tensor.segment, other.segment) != other.segment:
+            return None
+    alike = all(contents.segments[n] == source.segments[m] for n, m in found.items())
+    return found if alike and len(found) == len(contents.segments) else None
+
+
+def _equal(one: Source, other: Source, segments: tuple[int, int], start: int, stop: int) -> bool:
+    """Whether two checkpoints have the same bytes in a part of a segment of each."""
     for low in range(start, stop, _PIECE):
         first, second = (np.empty(min(_PIECE, stop - low), np.uint8) for _ in range(2))
-        one.read(segment, low, first)
-        other.read(segment, low, second)
+        one.read(segments[0], low, first)
+        other.read(segments[1], low, second)
         if not np.array_equal(first, second):
             return False
     return True

@@ -11,6 +11,7 @@ import pytest
 import torch
 from coded_zoo import CODES, coded_zoo, name_of
 from naive_codes import NaiveTask
+from safetensors.torch import save_file
 from zoo import State, bits
 
 import tallstore
@@ -277,3 +278,8 @@ def test_the_exact_tier_comes_back_from_the_original(
         assert store.verify().ok
     with pytest.raises(TaskExistsError):
         tallstore.add(path, {"x": x}, exact=True)
+    # The same weights in a file, where they stand in another order.
+    copy = tmp_path / "y.safetensors"
+    save_file({key: tasks["y"][key] for key in reversed(tasks["y"])}, copy)
+    tallstore.add(path, {"y": str(copy)}, exact=True)
+    assert same(path, "y", tasks["y"])
