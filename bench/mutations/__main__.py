@@ -71,7 +71,7 @@ def _made(folder: Path) -> None:
     (folder / "modules").write_text("\n".join(names))
 
 
-def _in_child(do: Any) -> tuple[int, resource.struct_rusage]:
+def _in_child(do: Any) -> int:
     """Run in a fork; this process must have no threads."""
     pid = os.fork()
     if not pid:
@@ -83,12 +83,11 @@ def _in_child(do: Any) -> tuple[int, resource.struct_rusage]:
             traceback.print_exc()
         finally:
             os._exit(status)
-    _, status, usage = os.wait4(pid, 0)
-    return status, usage
+    return os.waitpid(pid, 0)[1]
 
 
 def _victims(folder: Path) -> list[Victim]:
-    status, _ = _in_child(lambda: _made(folder))
+    status = _in_child(lambda: _made(folder))
     if status:
         raise SystemExit("the stores could not be made")
     # Else every judgement would import them anew.
@@ -110,6 +109,8 @@ def _resident() -> int:
 
 
 def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: Path) -> None:
+    # What a fork shares with its parent counts from the start.
+    resident = _resident()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + _SPACE, used + _SPACE))
     path = folder / "zoo.tall"
@@ -119,18 +120,19 @@ def _judge(victim: Victim, mutation: Mutation, seed: int, folder: Path, answer: 
     else:
         judged = judge_zoo(path, victim.wanted, _SEED, seed // 3)
     judged.skipped = mutation.data == victim.data
-    answer.write_text(json.dumps(judged.to_json()))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.write_text(json.dumps({**judged.to_json(), "grown_mb": (peak - resident) / 1e6}))
 
 
-def _outcome(status: int, grown: float, answer: Path) -> tuple[str, str, dict[str, Any]]:
+def _outcome(status: int, answer: Path) -> tuple[str, str, dict[str, Any]]:
     """(what it was, why, the child's answer)."""
     if os.WIFSIGNALED(status):
         return "crashed", signal.Signals(os.WTERMSIG(status)).name, {}
     if os.WEXITSTATUS(status):
         return "crashed", "an error that is no refusal", {}
     verdict = json.loads(answer.read_text())
-    if grown > BUDGET_MB:
-        return "crashed", f"{grown:.0f} MB", verdict
+    if verdict["grown_mb"] > BUDGET_MB:
+        return "crashed", f"{verdict['grown_mb']:.0f} MB", verdict
     if verdict["wrong"]:
         return "silent", "; ".join(verdict["wrong"]), verdict
     if verdict["refused"] or verdict["found"]:
@@ -173,8 +175,8 @@ class _Watch:
         self._ticks[pid] = 0
         self._handles[os.pidfd_open(pid)] = pid
 
-    def wait(self) -> tuple[int, int, resource.struct_rusage]:
-        """What `os.wait4` says of the next judgement that ends."""
+    def wait(self) -> tuple[int, int]:
+        """The next judgement that ends, and its status."""
         while not (ended := select.select(self._handles, (), (), 1.0)[0]):
             for pid in self._ticks:
                 self._ticks[pid] += 1
@@ -183,7 +185,7 @@ class _Watch:
         os.close(ended[0])
         pid = self._handles.pop(ended[0])
         del self._ticks[pid]
-        return os.wait4(pid, 0)
+        return os.waitpid(pid, 0)
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,9 @@ class _Tally:
         self.peak = 0.0
         self.tried = 0
 
-    def add(self, run: _Running, status: int, grown: float) -> None:
+    def add(self, run: _Running, status: int) -> None:
         kind, how, place = run.mutation.kind, run.mutation.how, run.place
-        outcome, why, verdict = _outcome(status, grown, place / "answer")
+        outcome, why, verdict = _outcome(status, place / "answer")
         row = self.by_kind[kind]
         row["tried"] += 1
         self.tried += 1
@@ -211,7 +213,7 @@ class _Tally:
         row["unchanged"] += bool(verdict.get("skipped"))
         row["writes"] += verdict.get("writes", 0)
         row["writes refused"] += verdict.get("writes_refused", 0)
-        self.peak = max(self.peak, grown)
+        self.peak = max(self.peak, verdict.get("grown_mb", 0.0))
         if outcome in ("silent", "crashed"):
             text = (place / "errors").read_text()[-3000:]
             name, seed = run.victim, run.seed
@@ -230,7 +232,6 @@ def _run(
     watch = _Watch()
     free = [folder / f"job-{number}" for number in range(jobs)]
     todo = iter(seeds)
-    resident = _resident()
     stopped = interruptible()
     while True:
         while free and not stopped() and (seed := next(todo, None)) is not None:
@@ -244,9 +245,9 @@ def _run(
             watch.start(pid)
         if not running:
             return tally
-        pid, status, usage = watch.wait()
+        pid, status = watch.wait()
         run = running.pop(pid)
-        tally.add(run, status, (usage.ru_maxrss * 1024 - resident) / 1e6)
+        tally.add(run, status)
         if tally.tried % 1000 == 0:
             print(f"{tally.tried} tried", flush=True)
         free.append(run.place)
