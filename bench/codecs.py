@@ -119,19 +119,23 @@ def reconstruction() -> list[Any]:
                 levels: list[float] = levels,
                 out: torch.Tensor = out,
                 scratch: Scratch = scratch,
+                backend: str = "cpu",
             ) -> None:
-                reconstruct(base, planes, step, levels, out, scratch=scratch)
+                reconstruct(base, planes, step, levels, out, scratch=scratch, backend=backend)
 
             speeds = _speeds(
                 {
                     "vector": lambda ours=ours, vector=vector: ours(vector),
                     "none": lambda ours=ours: ours(None),
+                    "compiled": lambda ours=ours, v=vector: ours(v, backend="compiled"),
+                    "compiled, none": lambda ours=ours: ours(None, backend="compiled"),
                     "add": lambda base=base, vector=vector, out=out: torch.add(
                         base, vector, out=out
                     ),
                 }
             )
             speeds["share_of_add"] = speeds["vector"] / speeds["add"]
+            speeds["compiled_share"] = speeds["compiled"] / speeds["add"]
             rows.append(_show(f"{count} planes, {dtype}".replace("torch.", ""), **speeds))
     return rows
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from bench.zoos.minilm import Zoo, zoo
 from tallstore.kernels.reference import reconstruct as reference
 from tallstore.ops import TALL_LEVELS, reconstruct
 from tallstore.scratch import Scratch
-from tallstore.workers import workers
+from tallstore.workers import Workers, workers
 
 _SPAN = 1 << 23
 
@@ -37,55 +39,52 @@ def _row(name: str, times: dict[str, dict[str, float]], ours: str, theirs: str, 
 
 
 def reconstruction(count: int = 1 << 26) -> list[Any]:
-    """Base + vector + masks in memory, against ``torch.add(base, vector, out=)``."""
+    """Base + vector + codes in memory, against ``torch.add(base, vector, out=)``."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         base = torch.randn(count).to(dtype)
         vector = (0.01 * torch.randn(count)).to(dtype)
-        planes = torch.randint(0, 256, (1, count // 8), dtype=torch.uint8)
         out = torch.empty(count, dtype=dtype)
-        scratch = Scratch()
-        with workers() as pool:
-
-            def ours(
-                base: torch.Tensor = base,
-                vector: torch.Tensor = vector,
-                planes: torch.Tensor = planes,
-                out: torch.Tensor = out,
-                scratch: Scratch = scratch,
-                pool: Any = pool,
-            ) -> None:
-                def span(start: int) -> None:
-                    stop = min(start + _SPAN, count)
-                    part = planes[:, start // 8 : stop // 8]
-                    reconstruct(
-                        base[start:stop],
-                        part,
-                        vector[start:stop],
-                        TALL_LEVELS,
-                        out[start:stop],
-                        scratch=scratch,
-                    )
-
-                for _ in pool.each(span, range(0, count, _SPAN)):
-                    pass
-
-            ours()
-            some = slice(0, 1 << 20)
-            wanted = reference(base[some], planes[:, : 1 << 17], vector[some], TALL_LEVELS, dtype)
-            if not torch.equal(out[some], wanted):
-                raise SystemExit("the reconstruction differs from the reference")
-            times = by_turns(
-                {
-                    "reconstruct": ours,
-                    "torch.add": lambda b=base, v=vector, o=out: torch.add(b, v, out=o),
-                },  # type: ignore[misc]
-                repeats=9,
-                burst=4,
-            )
-        name = f"reconstruct, {str(dtype).removeprefix('torch.')}, {count >> 20} Mi weights"
-        rows.append(_row(name, times, "reconstruct", "torch.add", weights=count))
+        for number, backend in ((1, "cpu"), (1, "compiled"), (2, "compiled"), (4, "compiled")):
+            planes = torch.randint(0, 256, (number, count // 8), dtype=torch.uint8)
+            levels = TALL_LEVELS if number == 1 else torch.randn(1 << number).tolist()
+            with workers() as pool:
+                ours = partial(_spans, pool, base, vector, planes, levels, out, Scratch(), backend)
+                ours()
+                some = slice(0, 1 << 20)
+                wanted = reference(base[some], planes[:, : 1 << 17], vector[some], levels, dtype)
+                if not torch.equal(out[some], wanted):
+                    raise SystemExit("the reconstruction differs from the reference")
+                times = by_turns(
+                    {"reconstruct": ours, "torch.add": partial(torch.add, base, vector, out=out)},
+                    repeats=9,
+                    burst=4,
+                )
+            what = f"{number} plane" + ("s" if number > 1 else "")
+            name = f"reconstruct {what}, {backend}, {str(dtype).removeprefix('torch.')}"
+            rows.append(_row(name, times, "reconstruct", "torch.add", weights=count))
     return rows
+
+
+def _spans(
+    pool: Workers,
+    base: torch.Tensor,
+    vector: torch.Tensor,
+    planes: torch.Tensor,
+    levels: Sequence[float],
+    out: torch.Tensor,
+    scratch: Scratch,
+    backend: str,
+) -> None:
+    def span(start: int) -> None:
+        some = slice(start, min(start + _SPAN, base.numel()))
+        part = planes[:, some.start // 8 : some.stop // 8]
+        reconstruct(
+            base[some], part, vector[some], levels, out[some], scratch=scratch, backend=backend
+        )
+
+    for _ in pool.each(span, range(0, base.numel(), _SPAN)):
+        pass
 
 
 def _synced(obj: Any, path: Path) -> None:
