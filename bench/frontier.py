@@ -106,6 +106,12 @@ def _rows_of_others(path: Path, codes: Sequence[str]) -> list[Any]:
     return [row for row in json.loads(path.read_text())["rows"][1:] if row["code"] not in codes]
 
 
+def _ordered(rows: Sequence[Any]) -> list[Any]:
+    """Rows in the order of the entrants, whenever they were made."""
+    order = [(entrant.name, entrant.setting) for entrant in entrants()]
+    return sorted(rows, key=lambda row: order.index((row["code"], row["setting"])))
+
+
 def main() -> None:
     """Measure, print the table, write rows and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,11 +128,13 @@ def main() -> None:
     if not args.plot:
         torch.set_num_threads(args.threads)
         for name in args.zoos:
-            rows = run(name, args.cache, args.seeds, args.limit, args.codes)
+            facts, *rows = run(name, args.cache, args.seeds, args.limit, args.codes)
             rows += _rows_of_others(args.results / f"frontier-{name}.json", args.codes)
+            rows = [facts, *_ordered(rows)]
             print(write(f"frontier-{name}", rows, results=args.results), flush=True)
     files = (args.results / f"frontier-{name}.json" for name in FAMILIES)
-    found = {p.stem: json.loads(p.read_text())["rows"][1:] for p in files if p.exists()}
+    there = [p for p in files if p.exists()]
+    found = {p.stem: _ordered(json.loads(p.read_text())["rows"][1:]) for p in there}
     print(table([row for rows in found.values() for row in rows]))
     plot(found, args.results / "frontier.svg")
 
