@@ -7,12 +7,11 @@ A TALL mask is the code of one plane over the shared vector, whose levels are (0
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-
-import numpy as np
 
 from tallstore import strictjson
 from tallstore.errors import CorruptStoreError
@@ -55,6 +54,7 @@ TALL_LEVELS: Final = (0.0, 1.0)
 #: Level of a weight that no value touches: x + -0.0 is x for every x, to the bit.
 _UNTOUCHED: Final = -0.0
 _SHARED, _OVER_BASE = 1, 2
+_FLOAT: Final = struct.Struct("<f")
 #: What rounds to float32's largest, and not to infinity.
 _MAX_LEVEL: Final = float.fromhex("0x1.fffffefp+127")
 _MAX_COUNT: Final = 1 << 60
@@ -299,8 +299,7 @@ def segment_code_from_json(record: Sequence[Any], segments: int, what: str) -> S
     _count(stride, MAX_STRIDE, what)
     if (stride > 0) != (form == SEEDED):
         raise CorruptStoreError(f"{what}: segment {segment} has a stride of {stride}")
-    rounded = np.asarray(levels, np.float64).astype(np.float32)
-    return SegmentCode(segment, form, tuple(map(float, rounded)), stride)
+    return SegmentCode(segment, form, tuple(_float32(float(n)) for n in levels), stride)
 
 
 def stats_to_json(stats: Iterable[SegmentStats], *, plain: bool) -> list[list[Any]]:
@@ -316,9 +315,20 @@ def _six(number: float) -> float:
     return float(f"{number:.6g}")
 
 
-def levels_to_json(levels: Sequence[float]) -> list[float]:
+def levels_to_json(levels: Iterable[float]) -> list[float]:
     """float32 numbers in as few digits as name them; `segment_code_from_json` rounds them back."""
-    return [float(str(level)) for level in np.asarray(levels, np.float32)]
+    return [_shortest(level) for level in levels]
+
+
+def _shortest(level: float) -> float:
+    tried = (float(f"{level:.{digits}g}") for digits in range(1, 10))
+    return next((n for n in tried if abs(n) <= _MAX_LEVEL and _float32(n) == level), level)
+
+
+def _float32(number: float) -> float:
+    """The nearest float32 number."""
+    rounded: float = _FLOAT.unpack(_FLOAT.pack(number))[0]
+    return rounded
 
 
 def stats_from_json(record: Sequence[Any], what: str) -> SegmentStats:

@@ -64,7 +64,7 @@ def test_data_loader_workers(tmp_path: Path, method: str) -> None:
         loader = DataLoader(
             Tasks(path, list(tasks)),
             batch_size=1,
-            num_workers=2,
+            num_workers=min(2, len(os.sched_getaffinity(0))),
             collate_fn=first,
             multiprocessing_context=method,
         )

@@ -38,7 +38,8 @@ class TaskSwitcher:
     code there too, or in the host's memory, or in the store. After ``switch("math")`` the model's
     tensors are what ``tallstore.load(store, task="math")`` gives, bit for bit, in the storages that
     they have: CUDA graphs, compiled modules and optimizers go on with them. Safe to share between
-    threads. On the CPU, numba (``pip install 'tallstore[cpu]'``) makes switches several times faster.
+    threads. On the CPU numba (``pip install 'tallstore[cpu]'``) makes switches several times
+    faster.
 
     Parameters
     ----------
