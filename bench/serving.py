@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ import tallstore
 from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, classifier, zoo
+from tallstore.ops import compiled
 from tallstore.serving import TaskSwitcher
 
+CODES: Mapping[str, dict[str, Any]] = {
+    "tall": {"code": "tall"},
+    "signs": {"code": "signs"},
+    "signs 2 %": {"code": "signs", "density": 0.02},
+    "seeded": {"code": "seeded"},
+    "auto": {"code": "auto", "bits_per_weight": 0.15},
+}
 RIVALS = ("safetensors + load_state_dict", "torch.load + load_state_dict")
 
 
@@ -55,8 +63,8 @@ def _reloading(
 
 def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
     """Rows of one code."""
-    store = folder / f"{code}.tall"
-    tallstore.pack(store, found.base, found.tasks, code=code)
+    store = folder / "zoo.tall"
+    tallstore.pack(store, found.base, found.tasks, **CODES[code])
     originals = {}
     for task, path in found.tasks.items():
         originals[task] = folder / task
@@ -84,8 +92,8 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
     mine = times["switch"]["median"]
     rival = min(times[name]["median"] for name in RIVALS)
     for name, spent in times.items():
-        print(f"{code:<8}{name:<34}{spent['median'] * 1e3:>9.1f} ms", flush=True)
-    print(f"{'':<8}{rival / mine:.1f} times faster than the faster of the two", flush=True)
+        print(f"{code:<10}{name:<34}{spent['median'] * 1e3:>9.1f} ms", flush=True)
+    print(f"{'':<10}{rival / mine:.1f} times faster than the faster of the two", flush=True)
     return [
         {
             "what": "switch",
@@ -93,6 +101,7 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
             "seconds": times,
             "faster": rival / mine,
             "tasks": len(found.tasks),
+            "compiled": compiled.loaded(),
             "base_bytes": need.base,
             "vector_bytes": need.vector,
             "codes_bytes": need.codes,
@@ -105,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--zoo", type=Path, help="a directory of trained tasks to take as it is")
-    parser.add_argument("--code", nargs="+", default=["tall", "signs", "seeded"])
+    parser.add_argument("--code", nargs="+", choices=CODES, default=list(CODES))
     args = parser.parse_args()
     found = Zoo.at(args.zoo) if args.zoo else zoo(args.cache)
     rows: list[dict[str, Any]] = []

@@ -48,9 +48,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     real = Snapshot._checked
 
-    def checked(self: Snapshot, stream: Stream, chunk: int, *rest: Any) -> Any:
+    def checked(self: Snapshot, stream: Stream, chunk: int, what: str) -> Any:
         seen.append((stream.number, chunk))
-        return real(self, stream, chunk, *rest)
+        return real(self, stream, chunk, what)
 
     monkeypatch.setattr(Snapshot, "_checked", checked)
     return seen

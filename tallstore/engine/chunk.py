@@ -31,9 +31,6 @@ __all__ = [
 MAX_CHUNK: Final = 16 << 20
 HEADER_SIZE: Final = 48
 
-#: Bytes that stay in a core's own cache from their copy to their hash.
-_PIECE: Final = 1 << 19
-
 _MAGIC: Final = b"TSC1"
 # magic, codec, parameter, zero, raw size, payload size, zero
 _HEAD: Final = struct.Struct("<4sBBHQQQ")
@@ -55,24 +52,6 @@ def _digest(store: bytes, key: bytes, head: bytes | memoryview, payload: object)
     state.update(key)
     state.update(head)
     state.update(payload)  # type: ignore[arg-type]
-    return state.digest()
-
-
-def _copied_digest(
-    store: bytes, key: bytes, head: bytes | memoryview, payload: memoryview, out: Bytes
-) -> bytes:
-    """The same, while the payload is copied to `out`, a piece at a time: it comes from memory once.
-
-    Apart, hashing took a quarter as long as the copy.
-    """
-    state = xxhash.xxh3_128(store)
-    state.update(key)
-    state.update(head)
-    data = np.frombuffer(payload, np.uint8)
-    for start in range(0, out.size, _PIECE):
-        piece = data[start : start + _PIECE]
-        np.copyto(out[start : start + _PIECE], piece)
-        state.update(piece.data)
     return state.digest()
 
 
@@ -134,8 +113,6 @@ class CheckedChunk:
     parameter: int
     raw_size: int
     payload: memoryview
-    copied: bool = False
-    """Whether `check_chunk` copied the data already."""
 
     @property
     def is_raw(self) -> bool:
@@ -152,17 +129,13 @@ class CheckedChunk:
         """
         if self.raw_size != out.size:
             raise CorruptStoreError(f"{what}: holds {self.raw_size} bytes, {out.size} expected")
-        if self.copied:
-            return
         try:
             self.codec.decode(self.payload, out, parameter=self.parameter, side=side)
         except CorruptStoreError as exc:
             raise CorruptStoreError(f"{what}: {exc}") from exc
 
 
-def check_chunk(
-    chunk: memoryview, *, store: bytes, key: bytes, what: str, out: Bytes | None = None
-) -> CheckedChunk:
+def check_chunk(chunk: memoryview, *, store: bytes, key: bytes, what: str) -> CheckedChunk:
     """Check a stored value.
 
     Parameters
@@ -173,9 +146,6 @@ def check_chunk(
         As when it was sealed.
     what
         What the chunk is, for messages.
-    out
-        Where its data will be decoded to: what needs no decoding is copied there on the way, and
-        zeros take its place if the check fails.
 
     Raises
     ------
@@ -194,14 +164,7 @@ def check_chunk(
         raise CorruptStoreError(f"{what}: no chunk starts here (magic {bytes(magic)!r})")
     if size != len(payload):
         raise CorruptStoreError(f"{what}: {len(payload)} bytes stored, {size} announced")
-    copying = out is not None and number == RAW.number and size == raw_size == out.size
-    if out is not None and copying:
-        digest = _copied_digest(store, key, chunk[:32], payload, out)
-    else:
-        digest = _digest(store, key, chunk[:32], payload)
-    if digest != bytes(chunk[32:48]):
-        if out is not None and copying:
-            out.fill(0)
+    if _digest(store, key, chunk[:32], payload) != bytes(chunk[32:48]):
         raise ChecksumError(
             f"{what}: checksum mismatch; the stored bytes changed since they were written. "
             "Restore the store from a copy, or the task from its original"
@@ -218,4 +181,4 @@ def check_chunk(
         raise newer(what, f"codec {number}", sorted(CODECS))
     if codec is RAW and raw_size != size:
         raise CorruptStoreError(f"{what}: {size} bytes stored as they are, of {raw_size}")
-    return CheckedChunk(codec, parameter, raw_size, payload, copying)
+    return CheckedChunk(codec, parameter, raw_size, payload)

@@ -135,9 +135,7 @@ class Snapshot:
         if self._environment is not None:
             self._walked.check_run(self._environment.presence, key, what=what)
 
-    def _checked(
-        self, stream: Stream, chunk: int, what: str, out: Bytes | None = None
-    ) -> tuple[memoryview, CheckedChunk]:
+    def _checked(self, stream: Stream, chunk: int, what: str) -> tuple[memoryview, CheckedChunk]:
         key = chunk_key(stream.number, chunk)
         value = self._value(key, what)
         if len(value) > HEADER_SIZE + stream.stored:
@@ -145,7 +143,7 @@ class Snapshot:
             raise CorruptStoreError(f"{what}: {len(value)} bytes, more than its whole stream")
         with lmdb_errors(self.path, doing=f"read {what}"):
             fault_in(value)
-        return value, check_chunk(value, store=self.manifest.store, key=key, what=what, out=out)
+        return value, check_chunk(value, store=self.manifest.store, key=key, what=what)
 
     def _what(self, stream: Stream, chunk: int) -> str:
         return f"{self.path}: stream {stream.number}, chunk {chunk}"
@@ -162,7 +160,7 @@ class Snapshot:
         ChecksumError, CorruptStoreError
         """
         what = self._what(stream, chunk)
-        value, checked = self._checked(stream, chunk, what, out)
+        value, checked = self._checked(stream, chunk, what)
         if out is not None:
             checked.decode(out, what=what, side=side)
         release_pages(np.frombuffer(value, np.uint8))

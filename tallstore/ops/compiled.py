@@ -143,7 +143,7 @@ def _apply(code: SparseCode | SeededCode, source: npt.NDArray[Any], out: npt.NDA
     planes, table = code.planes.numpy(), code.table.numpy()
     starts = value_groups(code.tensors)
     for place, start, levels in zip(places(code), starts, table, strict=False):
-        loops().seeded_apply(*place, start, planes, levels, source, out, False)
+        loops().seeded_apply(*place, start, planes, levels, source, out)
 
 
 def _entries(code: SparseCode) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:

@@ -21,7 +21,6 @@ __all__ = [
     "run_touches",
     "seeded_apply",
     "seeded_restore",
-    "sparse_afresh",
     "sparse_apply",
     "sparse_restore",
     "sparse_switch",
@@ -222,15 +221,6 @@ def sparse_switch(
 
 
 @_compiled
-def sparse_afresh(entries: Any, starts: Any, table: Any, rows: Any, base: Any, out: Any) -> None:
-    """All weights become the base, the touched ones with their level, a group at a time."""
-    for group in range(starts.size - 1):
-        for at in range(group * _GROUP, min((group + 1) * _GROUP, out.size)):
-            out[at] = _narrow(_wide(base[at]), out)
-        _apply_group(group, entries, starts, table, rows, base, out)
-
-
-@_compiled
 def _mix(x: Any) -> Any:
     x = np.uint32(x ^ x >> np.uint32(16))
     x = np.uint32(x * np.uint32(0x7FEB352D))
@@ -271,12 +261,9 @@ def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: 
 @_compiled
 def seeded_apply(
     offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
-    planes: Any, levels: Any, source: Any, out: Any, afresh: Any,
+    planes: Any, levels: Any, source: Any, out: Any,
 ) -> None:  # fmt: skip
-    """The weights of one seeded tensor that have a value become what `source` has + level.
-
-    With `afresh`, all others become what `source` has, a few groups at a time.
-    """
+    """The weights of one seeded tensor that have a value become what `source` has + level."""
     groups = (numel + stride - 1) // stride
     where, codes = np.empty(_STEP, np.int64), np.empty(_STEP, np.uint8)
     steps = np.empty(_STEP, np.float32)
@@ -284,9 +271,6 @@ def seeded_apply(
         high = min(low + _STEP, groups)
         _positions(low, high, stride, numel, one, two, where)
         _steps(planes, levels, start + low, high - low, codes, steps)
-        if afresh:
-            for at in range(offset + low * stride, offset + min(high * stride, numel)):
-                out[at] = _narrow(_wide(source[at]), out)
         for n in range(high - low):
             at = offset + where[n]
             out[at] = _narrow(_wide(source[at]) + steps[n], out)
@@ -383,19 +367,10 @@ def run_touches(
             entries, starts = _at(new[0], new[1], shorts), _at(new[2], new[3], longs)
             before, old_starts = _at(old[0], old[1], shorts), _at(old[2], old[3], longs)
             sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
-        elif kind == 5:
-            table = _at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
-            rows = _at(job[7], job[8], ints)
-            entries, starts = _at(job[0], job[1], shorts), _at(job[2], job[3], longs)
-            sparse_afresh(entries, starts, table, rows, one, to)
         else:
             if kind == 3:
                 seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
                 continue
             planes = _at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
             steps = _at(job[9], 1 << job[7], floats)
-            afresh = kind == 6
-            where = one if afresh else source
-            seeded_apply(
-                job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, where, to, afresh
-            )
+            seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)

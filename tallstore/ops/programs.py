@@ -24,11 +24,7 @@ __all__ = ["Planes", "Touches", "Words", "shares", "words"]
 #: A code as rows of numbers: one of a sparse code, one a tensor of a seeded one.
 Words = tuple[tuple[int, ...], ...]
 
-_RESTORE, _APPLY, _SWITCH, _RESTORE_SEEDED, _APPLY_SEEDED, _AFRESH, _AFRESH_SEEDED = range(7)
-#: Share of the cache lines that codes touch, old and new together, from which writing all weights
-#: is faster: one after the other they come sooner.
-_ALL_FROM: Final = 0.9
-_LINE: Final = 64
+_RESTORE, _APPLY, _SWITCH, _RESTORE_SEEDED, _APPLY_SEEDED = range(5)
 #: Numbers of a row of `Touches`.
 _WIDTH: Final = 23
 _OCTETS: Final = np.zeros(0, np.uint8)
@@ -130,15 +126,6 @@ class Touches:
         """
         self._like = self._like or (compiled.like(base), compiled.like(out))
         there = base.numel(), base.data_ptr(), base.data_ptr(), out.data_ptr()
-        if (
-            new is not None
-            and _covers(new, out)
-            and _lines(old, out) + _lines(new, out) > _ALL_FROM
-        ):
-            kind = _AFRESH if _is_sparse(new) else _AFRESH_SEEDED
-            for row in new:
-                self._row(kind, there, row, base.numel() // len(new))
-            return
         # What was restored is the base: reading it where it is written spares reading the other.
         again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
         if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
@@ -165,23 +152,12 @@ class Touches:
         compiled.loops().run_touches(self._made, *self._like, *like, low, high)
 
 
-def _lines(code: Words | None, out: torch.Tensor) -> float:
-    """The share of the cache lines of a tensor that a code touches, at random places."""
-    touched = sum(map(_size, code or ())) / max(out.numel(), 1)
-    return float(1 - (1 - min(touched, 1.0)) ** (_LINE / out.element_size()))
-
-
 def _is_sparse(code: Words) -> bool:
     return len(code) == 1 and len(code[0]) == 9
 
 
 def _size(row: tuple[int, ...]) -> int:
     return row[1] if len(row) == 9 else -(-row[1] // row[2])
-
-
-def _covers(code: Words, out: torch.Tensor) -> bool:
-    """Whether a code is of all weights, which those of several tensors need not be."""
-    return _is_sparse(code) or sum(row[1] for row in code) == out.numel()
 
 
 def _same_places(old: Words, new: Words) -> bool:
