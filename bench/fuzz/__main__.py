@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench.rows import write
+from bench.rows import RESULTS, write
 
 #: What no honest file says.
 _NASTY = (

@@ -8,11 +8,9 @@ them, and each thread works off a share of the rows in one call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tallstore.kernels.seeded_reference import SeededCode, value_groups
@@ -25,6 +23,9 @@ __all__ = ["Planes", "Touches", "Words", "shares", "words"]
 Words = tuple[tuple[int, ...], ...]
 
 _RESTORE, _APPLY, _SWITCH, _RESTORE_SEEDED, _APPLY_SEEDED = range(5)
+#: Numbers of a sparse code, and of a tensor of a seeded one.
+_POSITIONS: Final = 9
+_SEEDED: Final = 10
 #: Numbers of a row of `Touches`.
 _WIDTH: Final = 23
 _OCTETS: Final = np.zeros(0, np.uint8)
@@ -106,15 +107,15 @@ def words(code: SparseCode | SeededCode) -> Words:
     )
 
 
-@dataclass(slots=True)
 class Touches:
     """Restoring, applying and switching sparse codes of many tensors."""
 
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    """Of the rows, in touched weights, roughly."""
-    _like: tuple[Any, ...] = ()
-    _made: npt.NDArray[np.int64] | None = None
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        """Of the tensors, in touched weights, roughly."""
+        self._ends: list[int] = [0]
+        self._rows: list[tuple[int, ...]] = []
+        self._like: tuple[Any, ...] = ()
 
     def add(
         self, old: Words | None, new: Words | None, base: torch.Tensor, out: torch.Tensor
@@ -128,40 +129,47 @@ class Touches:
         there = base.numel(), base.data_ptr(), base.data_ptr(), out.data_ptr()
         # What was restored is the base: reading it where it is written spares reading the other.
         again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
+        size = 0
         if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
-            self._row(_SWITCH, again, (*old[0], *new[0]), old[0][1] + new[0][1])
-            return
-        moved = old is not None and (new is None or not _same_places(old, new))
-        for row in old if old is not None and moved else ():
-            kind = _RESTORE if len(row) == 9 else _RESTORE_SEEDED
-            self._row(kind, there, row, _size(row))
-        for row in new or ():
-            kind = _APPLY if len(row) == 9 else _APPLY_SEEDED
-            self._row(kind, again if moved else there, row, _size(row))
-
-    def _row(self, kind: int, where: tuple[int, ...], rest: tuple[int, ...], size: int) -> None:
-        row = (kind, *where, *rest)
-        self.rows.append(row + (0,) * (_WIDTH - len(row)))
+            size = self._row(_SWITCH, again, (*old[0], *new[0])) + new[0][1]
+        else:
+            moved = old is not None and (new is None or not _same_places(old, new))
+            for row in old if old is not None and moved else ():
+                size += self._row(_RESTORE if _is_positions(row) else _RESTORE_SEEDED, there, row)
+            for row in new or ():
+                kind = _APPLY if _is_positions(row) else _APPLY_SEEDED
+                size += self._row(kind, again if moved else there, row)
         self.sizes.append(size)
+        self._ends.append(len(self._rows))
+
+    def _row(self, kind: int, where: tuple[int, ...], rest: tuple[int, ...]) -> int:
+        row = (kind, *where, *rest)
+        self._rows.append(row + (0,) * (_WIDTH - len(row)))
+        return _size(rest)
 
     def run(self, low: int, high: int) -> None:
-        """Do rows low .. high - 1."""
-        if self._made is None:
-            self._made = np.array(self.rows, np.int64)
+        """Do tensors low .. high - 1; each is one thread's: its rows come one after the other."""
+        rows = np.array(self._rows[self._ends[low] : self._ends[high]], np.int64)
         like = (_OCTETS, _SHORTS, _INTS, _LONGS, _FLOATS)
-        compiled.loops().run_touches(self._made, *self._like, *like, low, high)
+        if rows.size:
+            compiled.loops().run_touches(rows, *self._like, *like, 0, len(rows))
+
+
+def _is_positions(row: tuple[int, ...]) -> bool:
+    return len(row) == _POSITIONS
 
 
 def _is_sparse(code: Words) -> bool:
-    return len(code) == 1 and len(code[0]) == 9
+    return len(code) == 1 and _is_positions(code[0])
 
 
 def _size(row: tuple[int, ...]) -> int:
-    return row[1] if len(row) == 9 else -(-row[1] // row[2])
+    """Weights that a row touches; of two sparse codes those of the first."""
+    return -(-row[1] // row[2]) if len(row) == _SEEDED else row[1]
 
 
 def _same_places(old: Words, new: Words) -> bool:
     """Whether two seeded codes touch the same weights."""
     return len(old) == len(new) and all(
-        len(a) == len(b) == 10 and a[:5] == b[:5] for a, b in zip(old, new, strict=True)
+        len(a) == len(b) == _SEEDED and a[:5] == b[:5] for a, b in zip(old, new, strict=True)
     )
