@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["context", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "numpy", "lmdb", "zstandard", "xxhash", "safetensors")
+_PACKAGES = ("torch", "triton", "numpy", "lmdb", "zstandard", "xxhash", "safetensors", "numba")
 
 
 def _processor() -> str:

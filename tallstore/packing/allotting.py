@@ -35,6 +35,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from tallstore.codes import SPARSE
 from tallstore.fitting import Magnitudes
 from tallstore.packing.choices import Choice, direct_choices, rounded_choices, seeded_choices
@@ -100,7 +103,11 @@ class Offers:
             n: [*direct_choices(n, seen, gain), *rounded_choices(n, seen, gain)]
             for n, seen in self._there.items()
         }
-        self._seeded = {n: seeded_choices(n, seen, gain) for n, seen in self._there.items()}
+        self._by_error = [
+            _Menu.of(some, [c.error for c in some], [c.bits for c in some])
+            for some in self._direct.values()
+            if some
+        ]
         self.weights = sum(seen.weights for seen in found.values())
         self.moved = sum(seen.moved for seen in self._there.values())
         """Squared norm of the task vector."""
@@ -109,6 +116,9 @@ class Offers:
         loud = _NOISE * self.moved / start if start else math.inf
         self._noise = 1 / (1 / loud + 1 / _LOUDEST) if loud else 0.0
         self._counts = _counts(self._there, self._fans, blocks or {})
+        self._by_harm = [
+            self._menu(n, seeded_choices(n, seen, gain)) for n, seen in self._there.items()
+        ]
 
     def within(self, bits_per_weight: float) -> Allotment:
         """What does the least harm within a budget; everything is left where it buys nothing."""
@@ -165,8 +175,7 @@ class Offers:
 
     def _closest(self, price: float) -> Allotment:
         """What minimizes error + price * bits, tensor by tensor."""
-        some = [offers for offers in self._direct.values() if offers]
-        return _together([min(s, key=lambda c: c.error + price * c.bits) for s in some])
+        return _together([menu.best(price) for menu in self._by_error])
 
     def _harm(self, choice: Choice, segment: int) -> float:
         """The error of a choice, as its parts count."""
@@ -176,19 +185,35 @@ class Offers:
         by_rule = min(rate * min(_BY_RULE, self._fans[segment]), 1.0)
         return rate * choice.at_random + by_rule * (choice.error - choice.at_random)
 
+    def _menu(self, segment: int, seeded: Sequence[Choice]) -> _Menu:
+        """The choices of a tensor by harm, leaving it included."""
+        seen, counts = self._there[segment], self._counts[segment]
+        left = Choice(Draft(segment, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
+        some = (*self._direct[segment], *seeded)
+        harms = [counts * self._harm(choice, segment) for choice in some]
+        bits = [choice.bits + _ENTRY for choice in some]
+        return _Menu.of((left, *some), [counts * seen.moved, *harms], [0.0, *bits])
+
     def _cheapest(self, price: float) -> Allotment:
-        """What minimizes harm + price * bits, tensor by tensor, leaving a tensor included."""
-        chosen: list[Choice] = []
-        for n, seen in self._there.items():
-            best = Choice(Draft(n, SPARSE, cut=math.inf, left=True), 0.0, seen.moved)
-            counts = self._counts[n]
-            least = counts * seen.moved
-            for choice in (*self._direct[n], *self._seeded[n]):
-                cost = counts * self._harm(choice, n) + price * (choice.bits + _ENTRY)
-                if cost < least:
-                    best, least = choice, cost
-            chosen.append(best)
-        return _together(chosen)
+        """What minimizes harm + price * bits, tensor by tensor."""
+        return _together([menu.best(price) for menu in self._by_harm])
+
+
+@dataclass(frozen=True, slots=True)
+class _Menu:
+    """The choices of one tensor, and what each is to be judged by."""
+
+    choices: Sequence[Choice]
+    harms: npt.NDArray[np.float64]
+    bits: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], harms: list[float], bits: list[float]) -> _Menu:
+        return cls(choices, np.array(harms), np.array(bits))
+
+    def best(self, price: float) -> Choice:
+        """What minimizes harm + price * bits; of equals the first."""
+        return self.choices[int(np.argmin(self.harms + price * self.bits))]
 
 
 def _counts(
