@@ -90,6 +90,11 @@ class Loader:
                 f"{described.what}: it has masks alone, no exact tier; load it without "
                 "fidelity='exact', or pack it again with exact=True (--exact)"
             )
+        if fidelity == "codes" and task is not None and catalog.tasks[task].code == "none":
+            raise OptionError(
+                f"{described.what}: it has no codes, it is kept exactly; load it without "
+                "fidelity='codes'"
+            )
         self.what = described.what
         self.base: BaseDocument = described.base
         self.task: TaskDocument | None = described.task

@@ -154,9 +154,10 @@ def match(
     for number, segment in enumerate(segments):
         codable = is_codable(segment.dtype) if floats_only else itemsize(segment.dtype) <= 8
         pair = _pair(views[number], segment, base, named, prefix, floats_only)
+        # What is empty is the task's own: an arena of nothing has no streams to refer to.
         # Integers under masks: still compared with the base, since most never change.
         # A task that unties what the base ties has two segments for one: codes hold the first.
-        if pair and pair[0] not in taken and (codable or pair[1] == segment.numel):
+        if pair and pair[1] and pair[0] not in taken and (codable or pair[1] == segment.numel):
             pairs[number] = pair
             taken.add(pair[0])
     dtypes = _arena_dtypes(segments, pairs, layout)

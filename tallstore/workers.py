@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -38,8 +38,8 @@ class Workers:
             while pending:
                 yield pending.pop(0).result()
         finally:
-            for future in pending:
-                future.cancel()
+            # What is under way still reads and writes: nobody may go on before it has ended.
+            wait([future for future in pending if not future.cancel()])
 
 
 def cores() -> int:

@@ -116,3 +116,39 @@ def test_sparse_codes_within_a_budget(tmp_path: Path) -> None:
             assert switcher.switch(task).source == "host"
             assert_is(model, store, task)
             assert switcher._stock.codes.nbytes() <= largest + 100
+
+
+@pytest.mark.parametrize("code", ["tall", "signs"])
+def test_weights_that_were_moved(tmp_path: Path, code: str) -> None:
+    """`share_memory` moves what a storage holds: no address is good after it."""
+    base = make_base()
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, {n: fine_tune(base, k) for k, n in enumerate("ab")}, code=code)
+    model = Net(base)
+    with TaskSwitcher(model, path) as switcher:
+        for task in "ab":
+            switcher.switch(task)
+        model.share_memory()
+        for task in "abab":
+            switcher.switch(task, rewrite=True)
+            assert_is(model, path, task)
+
+
+@pytest.mark.parametrize("code", ["tall", "signs", "seeded"])
+def test_a_view_of_coded_weights(tmp_path: Path, code: str) -> None:
+    draw = torch.Generator().manual_seed(3)
+
+    def joined(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"qkv": rows, "q": rows[:1000]}
+
+    base = torch.randn(3000, 64, generator=draw)
+    tasks = {n: joined(base + 0.01 * torch.randn(3000, 64, generator=draw)) for n in "ab"}
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, joined(base), tasks, code=code)
+    wanted = {task: tallstore.load(path, task=task) for task in tasks}
+    model = joined(torch.zeros(3000, 64))
+    with TaskSwitcher(model, path) as switcher:
+        for n in range(20):
+            task = "ab"[n % 2]
+            switcher.switch(task)
+            assert all(torch.equal(model[key], wanted[task][key]) for key in model)

@@ -47,3 +47,21 @@ def test_a_thread_that_cannot_start_is_told_and_the_others_end(
 def test_work_comes_back_in_order() -> None:
     with workers(3) as pool:
         assert list(pool.each(lambda n: n * n, range(50))) == [n * n for n in range(50)]
+
+
+def test_a_failure_is_told_when_nothing_is_under_way_any_more() -> None:
+    """Else a caller could close what a call still reads."""
+    started, ended = threading.Event(), threading.Event()
+
+    def work(number: int) -> None:
+        if not number:
+            started.wait(10)
+            raise ValueError("the first")
+        started.set()
+        ended.wait(0.3)
+        ended.set()
+
+    with workers(2) as pool:
+        with pytest.raises(ValueError, match="the first"):
+            list(pool.each(work, range(2)))
+        assert ended.is_set()

@@ -84,6 +84,11 @@ class Planes:
             compiled.like(out),
         )
 
+    def valid(self) -> bool:
+        """Whether all weights are where they were: `Tensor.share_memory_`, for one, moves them."""
+        outs = np.fromiter((part[-1].data_ptr() for part in self._held), np.int64)
+        return bool((outs == self._rows[:, 5]).all())
+
     def run(self, low: int, high: int) -> None:
         """Write parts low .. high - 1."""
         compiled.loops().run_planes(self._rows, self._levels, *self._like, _OCTETS, low, high)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tallstore.bits import pack_bits
 from tallstore.codecs import Bytes
-from tallstore.codes import PLANES, SPARSE, SeededPiece, SegmentCode
+from tallstore.codes import PLANES, SEEDED, SPARSE, SeededPiece, SegmentCode
 from tallstore.coding import CodeStats, Floats
 from tallstore.fitting import gain_factor, signed_levels
 from tallstore.seeding import seeded_tensor, support
@@ -68,6 +68,9 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
         return SegmentCode(draft.segment, draft.form, levels, draft.stride)
     factor = gain_factor(gain, moved=stats.moved, projection=stats.projection, norm=stats.norm)
     code = None if factor is None else draft.code(factor)
+    if code is None and draft.form == SEEDED:
+        # Its values are on the disk already, and the next ones' places hang on them.
+        factor, code = 1.0, draft.code(1.0)
     if code is None or factor is None:
         return None
     stats.error = max(

@@ -223,8 +223,8 @@ class PlanesForm:
 
     def _compiled(self, threads: int) -> Iterator[Job]:
         there = self.arrangement
-        if not self.program:
-            self.program.append(Planes(list(there.parts(self.planes)), self.levels))
+        if not self.program or not self.program[0].valid():
+            self.program[:] = [Planes(list(there.parts(self.planes)), self.levels)]
         for low, high in shares([run.out.numel() for _, run in there.pieces], _SHARES * threads):
             yield partial(self._share, low, high)
 

@@ -8,7 +8,7 @@ import torch
 
 from tallstore.devices import on_device
 from tallstore.errors import TallstoreError
-from tallstore.serving.forms import Job, Live
+from tallstore.serving.forms import CopyForm, Job, Live
 from tallstore.serving.planning import Plan
 from tallstore.serving.reading import TaskCode
 from tallstore.workers import Workers
@@ -59,8 +59,12 @@ class Writer:
         try:
             with torch.no_grad(), on_device(self._device, "switching"):
                 if self._device.type == "cpu":
-                    jobs = (job for form in code.forms for job in form.jobs(live))
-                    moved = sum(self._pool.each(_run, jobs))
+                    moved = 0
+                    # Copies come last: some are views of weights that codes are put into.
+                    for last in (False, True):
+                        forms = [f for f in code.forms if isinstance(f, CopyForm) == last]
+                        jobs = (job for form in forms for job in form.jobs(live))
+                        moved += sum(self._pool.each(_run, jobs))
                     _copy(code)
                 else:
                     moved = self._launch(code)
