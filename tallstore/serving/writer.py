@@ -8,7 +8,7 @@ import torch
 
 from tallstore.devices import on_device
 from tallstore.errors import TallstoreError
-from tallstore.serving.forms import CopyForm, Job, Live
+from tallstore.serving.forms import CopyForm, Form, Job, Live
 from tallstore.serving.planning import Plan
 from tallstore.serving.reading import TaskCode
 from tallstore.workers import Workers
@@ -60,11 +60,15 @@ class Writer:
             with torch.no_grad(), on_device(self._device, "switching"):
                 if self._device.type == "cpu":
                     moved = 0
-                    # Copies come last: some are views of weights that codes are put into.
-                    for last in (False, True):
-                        forms = [f for f in code.forms if isinstance(f, CopyForm) == last]
-                        jobs = (job for form in forms for job in form.jobs(live))
-                        moved += sum(self._pool.each(_run, jobs))
+                    # Views come last: they may be of weights that codes are put into.
+                    soon: list[Form] = []
+                    late: list[Form] = []
+                    for form in code.forms:
+                        (late if isinstance(form, CopyForm) and form.views else soon).append(form)
+                    for forms in (soon, late):
+                        if forms:
+                            jobs = (job for form in forms for job in form.jobs(live))
+                            moved += sum(self._pool.each(_run, jobs))
                     _copy(code)
                 else:
                     moved = self._launch(code)
