@@ -17,7 +17,7 @@ from tallstore.codecs import Bytes
 from tallstore.decoding import Decoder, Run
 from tallstore.describing import describe
 from tallstore.devices import on_device, wanted_device
-from tallstore.documents import BaseDocument, Contents, TaskDocument
+from tallstore.documents import CODE, BaseDocument, Contents, TaskDocument
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import (
@@ -47,6 +47,12 @@ _MANY: Final = 1 << 28
 
 def no_progress(count: int) -> None:
     """Show nothing."""
+
+
+def _exact_alone(task: TaskDocument) -> bool:
+    """Whether what is coded has no codes but the exact difference from the base."""
+    parts = (part for parts in task.parts for part in parts)
+    return not any(code.coded for code in task.codes) and any(p.kind == CODE for p in parts)
 
 
 class Loader:
@@ -90,11 +96,6 @@ class Loader:
                 f"{described.what}: it has masks alone, no exact tier; load it without "
                 "fidelity='exact', or pack it again with exact=True (--exact)"
             )
-        if fidelity == "codes" and task is not None and catalog.tasks[task].code == "none":
-            raise OptionError(
-                f"{described.what}: it has no codes, it is kept exactly; load it without "
-                "fidelity='codes'"
-            )
         self.what = described.what
         self.base: BaseDocument = described.base
         self.task: TaskDocument | None = described.task
@@ -106,6 +107,11 @@ class Loader:
             vector=catalog.vector,
             exact=fidelity != "codes",
         )
+        if fidelity == "codes" and self.task is not None and _exact_alone(self.task):
+            raise OptionError(
+                f"{self.what}: it has no codes, it is kept exactly; load it without "
+                "fidelity='codes'"
+            )
         if self.decoder.has_codes and sum(s.numel for s in self.contents.segments) >= _MANY:
             compiled.load()
 
