@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CODES: Mapping[str, dict[str, Any]] = {
     "seeded": {"code": "seeded"},
     "auto": {"code": "auto", "bits_per_weight": 0.15},
 }
+MINE = ("switch", "switch without numba")
 RIVALS = ("safetensors + load_state_dict", "torch.load + load_state_dict")
 
 
@@ -42,6 +44,28 @@ def _check(switcher: TaskSwitcher, store: Path) -> None:
         found = switcher.model.state_dict()
         if not all(torch.equal(found[name], tensor) for name, tensor in wanted.items()):
             raise SystemExit(f"{task}: switching gives other weights than loading")
+
+
+@contextmanager
+def _without_numba() -> Iterator[None]:
+    """As if it were not installed."""
+    kept = compiled.load, compiled.loaded
+    compiled.load = compiled.loaded = lambda: False
+    try:
+        yield
+    finally:
+        compiled.load, compiled.loaded = kept
+
+
+def _switching(switcher: TaskSwitcher, within: Callable[[], Any]) -> Callable[[], None]:
+    """Switch to one task after the other."""
+    turn = itertools.cycle(switcher.tasks)
+
+    def switch() -> None:
+        with within():
+            switcher.switch(next(turn))
+
+    return switch
 
 
 def _reloading(
@@ -75,13 +99,17 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
         target.unlink(missing_ok=True)
         target.symlink_to(path / "model.safetensors")
     first = next(iter(found.tasks.values())) / "model.safetensors"
-    model = classifier(load_file(first), found.base)
-    with TaskSwitcher(model, store) as switcher:
-        _check(switcher, store)
-        turn = itertools.cycle(switcher.tasks)
+    with ExitStack() as stack:
+        switches = []
+        for within in (nullcontext, _without_numba):
+            with within():
+                model = classifier(load_file(first), found.base)
+                switcher = stack.enter_context(TaskSwitcher(model, store))
+                _check(switcher, store)
+            switches.append(_switching(switcher, within))
         times = by_turns(
             {
-                "switch": lambda: switcher.switch(next(turn)),
+                **dict(zip(MINE, switches, strict=True)),
                 RIVALS[0]: _reloading(originals, found.base, "safetensors", load_file),
                 RIVALS[1]: _reloading(originals, found.base, "pt", torch.load),
             },
@@ -101,7 +129,6 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
             "seconds": times,
             "faster": rival / mine,
             "tasks": len(found.tasks),
-            "compiled": compiled.loaded(),
             "base_bytes": need.base,
             "vector_bytes": need.vector,
             "codes_bytes": need.codes,

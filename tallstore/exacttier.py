@@ -43,7 +43,7 @@ __all__ = ["restore_exact", "strip_exact"]
 _CLOSE = 0.25
 #: By how much of itself a tensor's distance from the base may differ from the recorded one, which
 #: has six digits, and may come from sums in another order.
-_SAME = 1e-3
+_SAME = 1e-4
 #: Bytes compared at a time.
 _PIECE = 1 << 24
 

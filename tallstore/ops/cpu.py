@@ -48,16 +48,16 @@ _MASKS: Final = {dtype: _mask_rows(dtype) for dtype in _FLOATS}
 
 def reconstruct(
     base: torch.Tensor,
-    planes: torch.Tensor | None,
+    planes: torch.Tensor,
     vector: torch.Tensor | None,
     levels: Sequence[float],
     out: torch.Tensor,
     scratch: Scratch,
 ) -> None:
-    """See `tallstore.ops.reconstruct`; nothing is checked here, and no thread is started."""
-    if planes is None or not base.numel():
-        out.copy_(base)
-        return
+    """See `tallstore.ops.reconstruct`, with one row of levels and some weights.
+
+    Nothing is checked here, and no thread is started.
+    """
     packed = planes.numpy()
     if vector is not None and _is_tall(levels):
         _masked(base, packed[0], vector, out, scratch)

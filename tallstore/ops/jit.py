@@ -14,18 +14,9 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = [
-    "four_planes",
-    "one_plane",
-    "run_planes",
-    "run_touches",
-    "seeded_apply",
-    "seeded_restore",
-    "sparse_apply",
-    "sparse_restore",
-    "sparse_switch",
-    "two_planes",
-]
+from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
+
+__all__ = ["run_planes", "run_touches"]
 
 #: Weights of a group of `SparseCode`, and (as a shift) of a block of its rows.
 _GROUP: Final = 4096
@@ -96,7 +87,7 @@ def _word(plane: Any, byte: Any) -> Any:
 
 
 @_compiled
-def one_plane(base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any) -> None:
+def _one_plane(base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any) -> None:
     """Base + level * vector, of one plane. All of one length, the plane of its bytes."""
     whole = out.size // 32
     for w in range(whole):
@@ -123,7 +114,7 @@ def _bit(word: Any, j: Any) -> Any:
 
 
 @_compiled
-def two_planes(base: Any, p0: Any, p1: Any, vector: Any, levels: Any, out: Any) -> None:
+def _two_planes(base: Any, p0: Any, p1: Any, vector: Any, levels: Any, out: Any) -> None:
     """Base + levels[code] * vector, of two planes."""
     l0, l1, l2, l3 = levels[0], levels[1], levels[2], levels[3]
     whole = out.size // 32
@@ -152,7 +143,7 @@ def _of_eight(b0: Any, b1: Any, b2: Any, levels: Any, first: Any) -> Any:
 
 
 @_compiled
-def four_planes(
+def _four_planes(
     base: Any, p0: Any, p1: Any, p2: Any, p3: Any, vector: Any, levels: Any, out: Any
 ) -> None:
     """Base + levels[code] * vector, of four planes, or of three: the last is empty then."""
@@ -196,21 +187,21 @@ def _restore_group(group: Any, entries: Any, starts: Any, base: Any, out: Any) -
 
 
 @_compiled
-def sparse_apply(entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
+def _sparse_apply(entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
     """The touched weights become what `source` has there + level."""
     for group in range(starts.size - 1):
         _apply_group(group, entries, starts, table, rows, source, out)
 
 
 @_compiled
-def sparse_restore(entries: Any, starts: Any, base: Any, out: Any) -> None:
+def _sparse_restore(entries: Any, starts: Any, base: Any, out: Any) -> None:
     """The touched weights become the base."""
     for group in range(starts.size - 1):
         _restore_group(group, entries, starts, base, out)
 
 
 @_compiled
-def sparse_switch(
+def _sparse_switch(
     old: Any, old_starts: Any,
     entries: Any, starts: Any, table: Any, rows: Any, base: Any, source: Any, out: Any,
 ) -> None:  # fmt: skip
@@ -259,7 +250,7 @@ def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: 
 
 
 @_compiled
-def seeded_apply(
+def _seeded_apply(
     offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
     planes: Any, levels: Any, source: Any, out: Any,
 ) -> None:  # fmt: skip
@@ -277,7 +268,7 @@ def seeded_apply(
 
 
 @_compiled
-def seeded_restore(
+def _seeded_restore(
     offset: Any, numel: Any, stride: Any, one: Any, two: Any, base: Any, out: Any
 ) -> None:
     """The weights of one seeded tensor that have a value become the base."""
@@ -332,15 +323,15 @@ def run_planes(
         size = (count + 7) // 8
         p0 = _at(jobs[n, 6], size, octets)
         if planes == 1:
-            one_plane(one, p0, step, row[0], row[1], to)
+            _one_plane(one, p0, step, row[0], row[1], to)
             continue
         p1 = _at(jobs[n, 7], size, octets)
         if planes == 2:
-            two_planes(one, p0, p1, step, row, to)
+            _two_planes(one, p0, p1, step, row, to)
             continue
         p2 = _at(jobs[n, 8], size, octets)
         p3 = _at(jobs[n, 9], size if planes == 4 else 0, octets)
-        four_planes(one, p0, p1, p2, p3, step, row, to)
+        _four_planes(one, p0, p1, p2, p3, step, row, to)
 
 
 @_compiled
@@ -353,24 +344,23 @@ def run_touches(
         kind, count, job = jobs[n, 0], jobs[n, 1], jobs[n, 5:]
         one, source = _at(jobs[n, 2], count, base), _at(jobs[n, 3], count, base)
         to = _at(jobs[n, 4], count, out)
-        if kind == 0:
-            sparse_restore(_at(job[0], job[1], shorts), _at(job[2], job[3], longs), one, to)
-        elif kind == 1:
+        if kind == RESTORE:
+            _sparse_restore(_at(job[0], job[1], shorts), _at(job[2], job[3], longs), one, to)
+        elif kind == APPLY:
             table = _at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
             rows = _at(job[7], job[8], ints)
             entries, starts = _at(job[0], job[1], shorts), _at(job[2], job[3], longs)
-            sparse_apply(entries, starts, table, rows, source, to)
-        elif kind == 2:
+            _sparse_apply(entries, starts, table, rows, source, to)
+        elif kind == SWITCH:
             old, new = job, job[9:]
             table = _at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
             rows = _at(new[7], new[8], ints)
             entries, starts = _at(new[0], new[1], shorts), _at(new[2], new[3], longs)
             before, old_starts = _at(old[0], old[1], shorts), _at(old[2], old[3], longs)
-            sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
+            _sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
+        elif kind == RESTORE_SEEDED:
+            _seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
         else:
-            if kind == 3:
-                seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
-                continue
             planes = _at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
             steps = _at(job[9], 1 << job[7], floats)
-            seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)
+            _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)

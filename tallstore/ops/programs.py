@@ -2,7 +2,10 @@
 
 Between two calls a thread needs the interpreter, which all threads share: over a hundred tensors
 the waiting took as long as the work. Here the calls are listed as rows of numbers, addresses among
-them, and each thread works off a share of the rows in one call.
+them, and each thread works off a share of the rows in one call. One tensor is a list of one.
+
+Addresses are only as good as what they are of: whoever makes a program holds on to its tensors,
+which are contiguous, as `ops.checks` sees to.
 """
 
 from __future__ import annotations
@@ -17,17 +20,34 @@ from tallstore.kernels.seeded_reference import SeededCode, value_groups
 from tallstore.kernels.sparse_reference import SparseCode
 from tallstore.ops import compiled
 
-__all__ = ["Planes", "Touches", "Words", "shares", "words"]
+__all__ = [
+    "APPLY",
+    "APPLY_SEEDED",
+    "RESTORE",
+    "RESTORE_SEEDED",
+    "SWITCH",
+    "Planes",
+    "Touches",
+    "Words",
+    "apply",
+    "reconstruct",
+    "restore",
+    "shares",
+    "switch",
+    "words",
+]
 
 #: A code as rows of numbers: one of a sparse code, one a tensor of a seeded one.
 Words = tuple[tuple[int, ...], ...]
 
-_RESTORE, _APPLY, _SWITCH, _RESTORE_SEEDED, _APPLY_SEEDED = range(5)
+#: What a row of `Touches` asks for.
+RESTORE, APPLY, SWITCH, RESTORE_SEEDED, APPLY_SEEDED = range(5)
 #: Numbers of a sparse code, and of a tensor of a seeded one.
 _POSITIONS: Final = 9
 _SEEDED: Final = 10
 #: Numbers of a row of `Touches`.
 _WIDTH: Final = 23
+_LOW: Final = 0xFFFFFFFF
 _OCTETS: Final = np.zeros(0, np.uint8)
 _SHORTS: Final = np.zeros(0, np.uint16)
 _INTS: Final = np.zeros(0, np.int32)
@@ -108,7 +128,7 @@ def words(code: SparseCode | SeededCode) -> Words:
     starts = value_groups(code.tensors)
     return tuple(
         (*place, start, planes.data_ptr(), *planes.shape, levels.data_ptr())
-        for place, start, levels in zip(compiled.places(code), starts, table, strict=False)
+        for place, start, levels in zip(_places(code), starts, table, strict=False)
     )
 
 
@@ -136,13 +156,13 @@ class Touches:
         again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
         size = 0
         if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
-            size = self._row(_SWITCH, again, (*old[0], *new[0])) + new[0][1]
+            size = self._row(SWITCH, again, (*old[0], *new[0])) + new[0][1]
         else:
             moved = old is not None and (new is None or not _same_places(old, new))
             for row in old if old is not None and moved else ():
-                size += self._row(_RESTORE if _is_positions(row) else _RESTORE_SEEDED, there, row)
+                size += self._row(RESTORE if _is_positions(row) else RESTORE_SEEDED, there, row)
             for row in new or ():
-                kind = _APPLY if _is_positions(row) else _APPLY_SEEDED
+                kind = APPLY if _is_positions(row) else APPLY_SEEDED
                 size += self._row(kind, again if moved else there, row)
         self.sizes.append(size)
         self._ends.append(len(self._rows))
@@ -178,3 +198,55 @@ def _same_places(old: Words, new: Words) -> bool:
     return len(old) == len(new) and all(
         len(a) == len(b) == _SEEDED and a[:5] == b[:5] for a, b in zip(old, new, strict=True)
     )
+
+
+def _places(code: SeededCode) -> Iterator[tuple[int, int, int, int, int]]:
+    """Of each tensor: offset, numel, stride, key."""
+    for tensor, both in zip(code.tensors, code.index[:, 4].tolist(), strict=True):
+        yield tensor.offset, tensor.numel, tensor.stride, both & _LOW, both >> 32 & _LOW
+
+
+# -- one tensor: the same operations as `ops.cpu` and `ops.cpu_sparse` have -------------------
+
+
+def reconstruct(
+    base: torch.Tensor,
+    planes: torch.Tensor,
+    vector: torch.Tensor | None,
+    levels: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See `tallstore.ops.reconstruct`, with one row of levels; nothing is checked here."""
+    Planes([(base, planes, vector, 0, out)], levels).run(0, 1)
+
+
+def apply(code: SparseCode | SeededCode, base: torch.Tensor, out: torch.Tensor) -> None:
+    """See `tallstore.ops.apply_sparse`; nothing is checked here."""
+    _touch(None, code, base, out)
+
+
+def restore(code: SparseCode | SeededCode, base: torch.Tensor, out: torch.Tensor) -> None:
+    """See `tallstore.ops.restore_sparse`; nothing is checked here."""
+    _touch(code, None, base, out)
+
+
+def switch(
+    old: SparseCode | SeededCode,
+    new: SparseCode | SeededCode,
+    base: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See `tallstore.ops.switch_sparse`; nothing is checked here."""
+    _touch(old, new, base, out)
+
+
+def _touch(
+    old: SparseCode | SeededCode | None,
+    new: SparseCode | SeededCode | None,
+    base: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    touches = Touches()
+    before, after = (None if code is None else words(code) for code in (old, new))
+    touches.add(before, after, base, out)
+    touches.run(0, 1)

@@ -9,7 +9,7 @@ import torch
 from tallstore.codes import TALL_LEVELS
 from tallstore.errors import MismatchError
 from tallstore.layout import BLOCK
-from tallstore.ops import compiled, cpu
+from tallstore.ops import compiled, cpu, programs
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.scratch import Scratch
@@ -74,19 +74,24 @@ def reconstruct(
         # Copying levels over waits for the device: not where none is used.
         launch(base, planes, vector, table.to(device) if count else None, out, rows=rows)
         return
+    if planes is None or not base.numel():
+        out.copy_(base)
+        return
+    compiles = chosen == "compiled" and compiled.takes(base, vector, out)
+    held = Scratch() if scratch is None else scratch
     for some, row in _runs(rows, base.numel()):
-        part = None if planes is None else planes[:, some.start // 8 : (some.stop + 7) // 8]
+        part = planes[:, some.start // 8 : (some.stop + 7) // 8]
         step = None if vector is None else vector[some]
+        if compiles:
+            programs.reconstruct(base[some], part, step, table[row : row + 1], out[some])
+            continue
+        line = table[row].tolist()
         if chosen == "reference":
             from tallstore.kernels import reference
 
-            line = table[row].tolist()
             out[some].copy_(reference.reconstruct(base[some], part, step, line, out.dtype))
-        elif chosen == "compiled" and compiled.takes(base, vector, out):
-            compiled.reconstruct(base[some], part, step, table[row].tolist(), out[some])
         else:
-            held = Scratch() if scratch is None else scratch
-            cpu.reconstruct(base[some], part, step, table[row].tolist(), out[some], held)
+            cpu.reconstruct(base[some], part, step, line, out[some], held)
 
 
 def _table(levels: Sequence[float] | torch.Tensor, width: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tallstore.errors import MismatchError, OptionError
 from tallstore.kernels import seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededCode
 from tallstore.kernels.sparse_reference import SparseCode, compress
-from tallstore.ops import compiled, cpu_sparse
+from tallstore.ops import compiled, cpu_sparse, programs
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.ops.reconstruction import reconstruct
@@ -77,7 +77,8 @@ def compress_planes(
             f"levels: the level of code 0 is {first.tolist()[:4]}; -0.0 is needed, which leaves a "
             "weight as it is"
         )
-    return compress(planes, weights, table=levels, rows=rows)
+    there = None if rows is None else rows.contiguous()
+    return compress(planes, weights, table=levels, rows=there)
 
 
 def density(code: AnySparseCode) -> float:
@@ -234,7 +235,7 @@ def _kernels(
     check_weights(code.weights, base=base, out=out)
     chosen = choose_backend(device, backend, compiles=True)
     if chosen == "compiled" and compiled.takes(base, out):
-        return compiled
+        return programs
     if chosen in ("cpu", "compiled"):
         return cpu_sparse
     pick: Callable[[AnySparseCode], ModuleType] = _triton if chosen == "triton" else _reference

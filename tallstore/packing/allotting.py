@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 from tallstore.codes import SPARSE
 from tallstore.fitting import Magnitudes
-from tallstore.packing.choices import Choice, direct_choices, rounded_choices, seeded_choices
+from tallstore.packing.choices import Choice, direct_choices, seeded_choices
 from tallstore.packing.drafting import moving
 from tallstore.packing.drafts import Draft
 
@@ -99,10 +99,7 @@ class Offers:
     ) -> None:
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
-        self._direct = {
-            n: [*direct_choices(n, seen, gain), *rounded_choices(n, seen, gain)]
-            for n, seen in self._there.items()
-        }
+        self._direct = {n: direct_choices(n, seen, gain) for n, seen in self._there.items()}
         self._by_error = [
             _Menu.of(some, [c.error for c in some], [c.bits for c in some])
             for some in self._direct.values()

@@ -22,7 +22,6 @@ __all__ = [
     "Choice",
     "dense_choice",
     "direct_choices",
-    "rounded_choices",
     "seeded_choices",
     "sparse_choice",
 ]
@@ -59,16 +58,17 @@ class Choice:
 
 
 def direct_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
-    """Signs, and levels fitted to the weights."""
+    """Signs, levels fitted to the weights, and rounded ones."""
     made = [sparse_choice(sparse_draft(segment, found, d), found, gain) for d in _DENSITIES]
     for width in _BITS:
         dense = dense_draft(segment, found, width)
         if dense is not None:
             made.append(dense_choice(dense, found, gain))
+    made += _rounded_choices(segment, found, gain)
     return [choice for choice in made if choice is not None]
 
 
-def rounded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
+def _rounded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     """Levels at the multiples of a step: of few bits, since most weights take the lowest ones."""
     size = math.sqrt(found.moved / found.weights)
     made = []
@@ -78,7 +78,8 @@ def rounded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
         sums = _sums(draft.magnitudes, found)
         shares = sums.shares
         # The planes are compressed each by itself; nothing has no sign.
-        ones = [shares[np.arange(shares.size) >> k & 1 > 0].sum() for k in range(3)]
+        codes = np.arange(shares.size)
+        ones = [shares[codes >> k & 1 > 0].sum() for k in range(_ROUNDED_BITS - 1)]
         ones.append((1 - shares[0]) / 2)
         bits = found.weights * sum(_entropy((p, 1 - p)) for p in ones)
         choice = _choice(draft, found, sums.projection, sums.norm, bits, gain)
