@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -12,58 +10,30 @@ import torch
 
 from tallstore.catalog import QUANTIZED, VectorRecord
 from tallstore.codecs.quantized import FORMS, dequantize
-from tallstore.codes import TALL_LEVELS, ArenaCode, level_rows
+from tallstore.codelevels import Levels, levels_of
+from tallstore.codes import ArenaCode
 from tallstore.coding import Bytes, add_residual, from_float32, to_float32
-from tallstore.documents import CODE, OWN, BaseDocument, TaskDocument
+from tallstore.documents import BaseDocument, TaskDocument
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import CorruptStoreError
 from tallstore.externalbase import OUTSIDE, base_elements
-from tallstore.layout import BLOCK, Layout
+from tallstore.layout import BLOCK
 from tallstore.predicting import predict, scatter
 from tallstore.scratch import Scratch
-from tallstore.spancodes import code_bits, code_planes, code_touches
+from tallstore.spancodes import code_planes, code_touches
+from tallstore.spanmap import SpanMap
 from tallstore.spans import Run, Span, SpanKey, Take, Touches
-from tallstore.specs import SegmentSpec
 from tallstore.streamchecks import check_streams
 
-__all__ = ["Decoder", "Levels", "Run", "Span", "SpanKey"]
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """The levels of the codes over an arena."""
-
-    table: torch.Tensor
-    """float32, shape (R, 2**K)."""
-    rows: Mapping[int, int] | None
-    """The row of each of the base's segments; None: row 0 everywhere."""
-
-    def row(self, segment: int) -> int:
-        """The row of a segment; row 0 of one without codes, which has no levels to apply."""
-        return 0 if self.rows is None else self.rows.get(segment, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """One part, seen from what it refers to."""
-
-    segment: int
-    offset: int
-    start: int
-    count: int
-    coded: bool
-
+__all__ = ["Decoder"]
 
 #: Up to so many tensors of a span are reconstructed each in its place.
 _FEW: Final = 8
 
 
-class Decoder:
-    """Decodes the base, or one task, span by span. Thread-safe.
-
-    A span is named (own, arena, number): `own` tells the task's own arenas from the base's.
-    """
+class Decoder(SpanMap):
+    """Decodes the base, or one task, span by span. Thread-safe."""
 
     def __init__(
         self,
@@ -75,88 +45,19 @@ class Decoder:
         exact: bool = True,
         scratch: Scratch | None = None,
     ) -> None:
+        super().__init__(base, task)
         self._snapshot = snapshot
-        self._base = base
-        self._task = task
         self._vector = vector
         self._exact = exact
         self._codes = {code.arena: code for code in task.codes} if task else {}
         self._levels = {
-            arena: _levels(code, task) for arena, code in self._codes.items() if task is not None
+            arena: levels_of(code, task) for arena, code in self._codes.items() if task is not None
         }
         # Decoders that a thread uses one after another, each done with before the next, can share.
         self._scratch: Final = Scratch() if scratch is None else scratch
-        self._links = self._link()
         # The base's elements may be in another store; everything else never is.
         self._home, self._base_streams = base_elements(snapshot, base)
         check_streams(snapshot, base, task, vector, home=self._home, elements=self._base_streams)
-        self.segments: Sequence[SegmentSpec] = (task or base).contents.segments
-
-    def _link(self) -> dict[tuple[bool, int], list[_Link]]:
-        links: dict[tuple[bool, int], list[_Link]] = defaultdict(list)
-        if self._task is None:
-            for number, segment in enumerate(self._base.contents.segments):
-                links[False, number].append(_Link(number, 0, 0, segment.numel, False))
-            return links
-        for number, parts in enumerate(self._task.parts):
-            offset = 0
-            for part in parts:
-                link = _Link(number, offset, part.start, part.count, part.kind == CODE)
-                links[part.kind == OWN, part.segment].append(link)
-                offset += part.count
-        return links
-
-    def _layout(self, own: bool) -> Layout:
-        return self._task.own_layout if own and self._task else self._base.layout
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether anything is predicted from the base."""
-        return any(link.coded for links in self._links.values() for link in links)
-
-    def dtype(self, key: SpanKey) -> str:
-        """The dtype of a span's elements."""
-        own, arena, _ = key
-        return self._layout(own).arenas[arena].dtype
-
-    def width(self, run: Run) -> int:
-        """Bytes of an element of the segment that a run is of."""
-        return itemsize(self.segments[run.segment].dtype)
-
-    def spans(self, wanted: Sequence[int]) -> list[SpanKey]:
-        """The spans that hold any part of the segments `wanted`, in the order of the streams."""
-        pairs: set[SpanKey] = set()
-        chosen = set(wanted)
-        for (own, number), links in self._links.items():
-            for link in links:
-                if link.segment in chosen and link.count:
-                    pairs.update(self._link_spans(own, number, link))
-        return sorted(pairs)
-
-    def _link_spans(self, own: bool, number: int, link: _Link) -> Iterator[SpanKey]:
-        layout = self._layout(own)
-        place = layout.places[number]
-        size = layout.arenas[place.arena].span
-        first = place.offset + link.start
-        for span in range(first // size, (first + link.count - 1) // size + 1):
-            yield own, place.arena, span
-
-    def runs(self, key: SpanKey) -> Iterator[Run]:
-        """What a span holds of the loaded checkpoint."""
-        own, arena, span = key
-        for piece in self._layout(own).pieces(arena, span):
-            for link in self._links.get((own, piece.segment), ()):
-                start = max(piece.start, link.start)
-                stop = min(piece.start + piece.count, link.start + link.count)
-                if start < stop:
-                    yield Run(
-                        link.segment,
-                        link.offset + start - link.start,
-                        stop - start,
-                        piece.within + start - piece.start,
-                        link.coded,
-                        piece.segment,
-                    )
 
     def needs(self, key: SpanKey) -> Iterator[tuple[str, int]]:
         """What decoding a span reads: (role, stream), the chunk being the span's number.
@@ -535,16 +436,3 @@ class Decoder:
         # What it was encoded against.
         start = base if code.dtype == dtype else from_float32(to_float32(base, dtype), code.dtype)
         return self._chunk(code.exact, span, "residual", take, side=start)
-
-
-def _levels(code: ArenaCode, task: TaskDocument) -> Levels:
-    if task.codings is None:
-        return Levels(torch.tensor([TALL_LEVELS], dtype=torch.float32), None)
-    planes = code_bits(code)
-    rows, table = level_rows(task.codings, planes)
-    # What the exact tier alone makes good: without it, the base.
-    bare = {p.segment for parts in task.parts for p in parts if p.kind == CODE} - rows.keys()
-    if bare:
-        rows.update(dict.fromkeys(bare, len(table)))
-        table.append([-0.0] * (1 << planes))
-    return Levels(torch.tensor(table, dtype=torch.float32), rows)

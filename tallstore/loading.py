@@ -14,7 +14,7 @@ import torch
 from tallstore.advice import prefer_huge_pages
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
-from tallstore.decoding import Decoder, Run
+from tallstore.decoding import Decoder
 from tallstore.describing import describe
 from tallstore.devices import on_device, wanted_device
 from tallstore.documents import CODE, BaseDocument, Contents, TaskDocument
@@ -30,6 +30,7 @@ from tallstore.errors import (
 from tallstore.objects import assemble, build_tensor
 from tallstore.ops import compiled
 from tallstore.ring import Ring
+from tallstore.spans import Run
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
 from tallstore.workers import workers
 

@@ -23,11 +23,12 @@ from typing import Any, Final
 import torch
 
 from tallstore.codecs import Bytes
-from tallstore.decoding import Decoder, Run, Span, SpanKey
+from tallstore.decoding import Decoder
 from tallstore.devices import Buffers, on_device, ring_queues
 from tallstore.dtypes import is_codable, torch_dtype
 from tallstore.errors import CorruptStoreError
 from tallstore.ops import add_residual, choose_backend, reconstruct
+from tallstore.spans import Run, Span, SpanKey
 from tallstore.workers import cores, workers
 
 __all__ = ["ROOMS", "Ring"]

@@ -64,7 +64,9 @@ LAYERS: list[set[str]] = [
         "mergestream",
         "opening",
         "packing",
+        "codelevels",
         "spancodes",
+        "spanmap",
         "spans",
         "predicting",
         "repacking",
@@ -85,6 +87,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "numpy": None,
     "torch": {
         "api",
+        "codelevels",
         "coding",
         "decoding",
         "demo",

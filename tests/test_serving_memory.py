@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,11 @@ def test_prefetch(store: Path) -> None:
     switcher.close()
 
 
-def test_a_switch_waits_for_the_prefetch(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    switcher, _ = make(store, tasks=TASKS, resident="stream")
+@contextmanager
+def slow_prefetch(
+    switcher: TaskSwitcher, task: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Within it a task is being prefetched, and comes a moment later; gives what was read."""
     reads: list[str] = []
     begun, go = threading.Event(), threading.Event()
     read = switcher._stock._read
@@ -93,12 +98,18 @@ def test_a_switch_waits_for_the_prefetch(store: Path, monkeypatch: pytest.Monkey
         return read(task)
 
     monkeypatch.setattr(switcher._stock, "_read", slowly)
-    ahead = switcher.prefetch("a")
+    ahead = switcher.prefetch(task)
     assert begun.wait(10)
     timer = threading.Timer(0.05, go.set)
     timer.start()
-    assert switcher.switch("a").source == "device"
+    yield reads
     ahead.result()
+
+
+def test_a_switch_waits_for_the_prefetch(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switcher, _ = make(store, tasks=TASKS, resident="stream")
+    with slow_prefetch(switcher, "a", monkeypatch) as reads:
+        assert switcher.switch("a").source == "device"
     assert reads == ["a"]
 
 
@@ -107,21 +118,8 @@ def test_a_switch_waits_for_room_that_a_prefetch_takes(
 ) -> None:
     one = make(store, tasks=["a"])[0].need().codes
     switcher, model = make(store, tasks=TASKS, resident="stream", budget=one)
-    begun, go = threading.Event(), threading.Event()
-    read = switcher._stock._read
-
-    def slowly(task: str) -> object:
-        begun.set()
-        assert go.wait(10)
-        return read(task)
-
-    monkeypatch.setattr(switcher._stock, "_read", slowly)
-    ahead = switcher.prefetch("a")
-    assert begun.wait(10)
-    timer = threading.Timer(0.05, go.set)
-    timer.start()
-    assert switcher.switch("b").source == "store"
-    ahead.result()
+    with slow_prefetch(switcher, "a", monkeypatch):
+        assert switcher.switch("b").source == "store"
     assert switcher.on_device == ("b",)
     assert_is(model, store, "b")
 

@@ -10,13 +10,13 @@ import torch
 
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
-from tallstore.decoding import Run
 from tallstore.devices import on_device
 from tallstore.dtypes import is_codable, itemsize, torch_dtype
 from tallstore.engine.snapshot import Snapshot
 from tallstore.loading import Loader, Progress, Put, no_progress
 from tallstore.mergestream.blend import Blend, BlendedSpan
 from tallstore.mergestream.stored import merged_parts
+from tallstore.spans import Run
 from tallstore.specs import JSON, FileSpec, SegmentSpec, TensorSpec
 from tallstore.workers import workers
 

@@ -12,7 +12,6 @@ import torch
 
 from tallstore.codecs import Bytes
 from tallstore.codes import SPARSE
-from tallstore.decoding import Run as Piece
 from tallstore.dtypes import itemsize, torch_dtype
 from tallstore.errors import MismatchError
 from tallstore.loading import Loader
@@ -22,6 +21,7 @@ from tallstore.serving.coded import compact_form, read_planes
 from tallstore.serving.forms import BaseForm, CopyForm, Form, Move, PlanesForm
 from tallstore.serving.planning import Plan, Run, Verbatim
 from tallstore.serving.resident import Resident, host_memory
+from tallstore.spans import Run as Piece
 from tallstore.spans import SpanKey
 from tallstore.workers import Workers
 
