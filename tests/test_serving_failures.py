@@ -20,6 +20,7 @@ from tallstore.errors import (
     CorruptStoreError,
     DeviceError,
     MismatchError,
+    OptionError,
     StoreClosedError,
     StoreNotFoundError,
     UnknownTaskError,
@@ -295,6 +296,28 @@ def test_a_refresh_that_fails_changes_nothing(store: Path, tmp_path: Path) -> No
         switcher.refresh()
     switcher.switch("exact")
     assert_is(model, old, "exact")
+
+
+def test_a_store_that_outgrows_the_budget(store: Path) -> None:
+    switcher, _ = make(store)
+    budget = switcher.need().codes
+    switcher.close()
+    switcher, model = make(store, budget=budget)
+    switcher.switch("b")
+    tallstore.add(store, {"late": fine_tune(make_base(), 8)})
+    with pytest.raises(
+        OptionError, match=rf"budget={budget}: .*; give budget=\d+ or more, serve f"
+    ):
+        switcher.refresh()
+    assert switcher.live == "b" and switcher.tasks == ("a", "b", "exact")
+    assert switcher.switch("b").source == "live"
+    for task in ("a", "exact", "b"):
+        assert switcher.switch(task).source == "device"
+        assert_is(model, store, task)
+    tallstore.open(store, "a").remove("late")
+    switcher.refresh()
+    assert switcher.live == "b"
+    assert "OptionError" in (TaskSwitcher.refresh.__doc__ or "")
 
 
 def test_no_tasks_and_no_store(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from zoo import State, bits, fine_tune, make_base
 import tallstore
 from tallstore.errors import MismatchError
 from tallstore.serving import TaskSwitcher
+from tallstore.serving.results import Residency
+from tallstore.store import TallStore
 
 
 class Classifier(torch.nn.Module):
@@ -118,6 +121,93 @@ def test_integers_follow(tmp_path: Path) -> None:
         assert model.positions.tolist() == list(range(5, 16))
         switcher.switch("b")
         assert model.positions.tolist() == list(range(11))
+
+
+class Words(torch.nn.Module):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(rows, 40)
+        self.body = torch.nn.Linear(40, 30)
+
+
+#: Codes by which rows in common are kept: none is exact; of few rows, only that one has any.
+SHARED: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "tall": {"code": "tall"},
+    "signs": {"code": "signs"},
+    "levels": {"code": "levels"},
+    "seeded": {"code": "seeded"},
+}
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def shrunk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks with as many rows as the base, fewer, and more: those in common are the base's."""
+    path = tmp_path_factory.mktemp("zoo") / "zoo.tall"
+    base = Words(300).state_dict()
+    tasks = {}
+    for rows in (300, 280, 310):
+        tasks[str(rows)] = {k: t + 0.01 * torch.randn(t.shape) for k, t in base.items()}
+        more = torch.randn(10, 40)
+        tasks[str(rows)]["embed.weight"] = torch.cat([tasks[str(rows)]["embed.weight"], more])[
+            :rows
+        ]
+    if request.param == "exact":
+        tallstore.save(base, path)
+        tallstore.add(path, tasks)
+    else:
+        tallstore.pack(path, base, tasks, exact=request.param == "tall", **SHARED[request.param])
+    with TallStore(path) as opened:
+        document = opened.describe("280").task
+        assert document is not None
+        kinds = {p.kind for parts in document.parts for p in parts}
+        assert kinds == {"c"}  # none of it is stored as the task's own
+    return path
+
+
+@pytest.mark.parametrize(
+    ("resident", "budget"),
+    [("all", None), ("masks-on-host", None), ("stream", None), ("stream", 0)],
+)
+def test_fewer_rows_than_the_base(shrunk: Path, resident: Residency, budget: int | None) -> None:
+    model = Words(300).to(DEVICE)
+    options: dict[str, Any] = {"resident": resident, "budget": budget}
+    with TaskSwitcher(model, shrunk, **options) as switcher:
+        for rows in (280, 300, 310, 280, 310, 300):
+            done = switcher.switch(str(rows))
+            assert_is(model, shrunk, str(rows))
+            assert model.embed.num_embeddings == rows and done.replaced == ("embed.weight",) * (
+                (done.previous or "300") != str(rows)
+            )
+    with TaskSwitcher(model, shrunk, private="skip", **options) as switcher:
+        before = bits(model.embed.weight.cpu())
+        assert switcher.switch("280").skipped == ("embed.weight",)
+        assert bits(model.embed.weight.cpu()) == before
+        switcher.switch("300")
+        assert_is(model, shrunk, "300")
+
+
+def test_fewer_rows_under_codes_alone(shrunk: Path) -> None:
+    model = Words(300).to(DEVICE)
+    with TaskSwitcher(model, shrunk, fidelity="codes") as switcher, TallStore(shrunk) as opened:
+        coded = opened.tasks["280"].code != "none"
+        for task in ("280", "300", "280"):
+            switcher.switch(task)
+            assert_is(model, shrunk, task, **({"fidelity": "codes"} if coded else {}))
+
+
+def test_the_model_is_what_is_wrong(shrunk: Path) -> None:
+    """Where a task has the base's shape, a model of another shape is not taken for its head."""
+    with pytest.raises(
+        MismatchError, match=r"shape \[280, 40\] in the model, \[300, 40\] in the st"
+    ):
+        TaskSwitcher(Words(280).to(DEVICE), shrunk)
+    with TaskSwitcher(Words(280).to(DEVICE), shrunk, tasks=["280"]) as switcher:
+        switcher.switch("280")
+        assert_is(switcher.model, shrunk, "280")
+    state = Words(300).to(DEVICE).state_dict()
+    with pytest.raises(MismatchError, match=r"\[280, 40\] in the task, and a dict of tensors"):
+        TaskSwitcher(state, shrunk)
 
 
 # -- ties ---------------------------------------------------------------------------------

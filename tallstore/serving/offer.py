@@ -49,6 +49,7 @@ class Offer:
 
     def __init__(self, store: TallStore, model: Model, choice: Choice, pool: Workers) -> None:
         self.store = store
+        self.model = model
         #: What tells whether another generation shares the base, and everything else.
         self.base = store.base.identity
         self.file = (store._held().manifest.store, store.vector)
@@ -67,8 +68,20 @@ class Offer:
         loader = Loader(self.store._held(), self.store._catalog, task=name, fidelity=fidelity)
         if loader.task is None:
             raise OptionError(f"{loader.what}: no task")
-        made = bind(loader.what, loader.task, model, private=choice.private, ignore=choice.ignore)
+        made = bind(
+            loader.what,
+            loader.task,
+            model,
+            base=loader.base.contents,
+            private=choice.private,
+            ignore=choice.ignore,
+        )
         return plan(loader, made, exact=fidelity != "codes")
+
+    @property
+    def places(self) -> frozenset[str]:
+        """Names of the model's tensors that some task writes."""
+        return frozenset(name for made in self.plans.values() for name in made.binding.places)
 
     @property
     def arenas(self) -> tuple[frozenset[int], frozenset[int]]:
@@ -99,11 +112,12 @@ class Offer:
 
     def inherit(self, older: Offer) -> tuple[str, ...]:
         """Take over what is the same in another generation; returns the tasks that are."""
-        if self.base != older.base:
+        if self.base != older.base or self.model.device != older.model.device:
             return ()
         same = self.file == older.file
         self.resident.inherit(older.resident, vector=same)
-        if not same:
+        # Codes are made for the tensors that they go to.
+        if not same or self.model is not older.model:
             return ()
         return tuple(n for n, record in self.records.items() if older.records.get(n) == record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,8 @@ class TaskCode:
     forms: tuple[Form, ...]
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """(from, to), once the forms are written."""
+    written: tuple[torch.Tensor, ...] = ()
+    """Tensors of the model whose versions tell autograd that all this was written."""
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +45,7 @@ class TaskCode:
 
     def to(self, move: Move) -> TaskCode:
         """The same with what it keeps moved."""
-        return TaskCode(tuple(form.to(move) for form in self.forms), self.copies)
+        return replace(self, forms=tuple(form.to(move) for form in self.forms))
 
 
 class Reader:
@@ -82,7 +84,7 @@ class Reader:
             forms += self._coded(plan, arena, runs)
         if plan.verbatim:
             forms.append(self._verbatim(plan))
-        return TaskCode(tuple(forms), tuple(plan.copies))
+        return TaskCode(tuple(forms), tuple(plan.copies), plan.binding.written)
 
     # -- codes ----------------------------------------------------------------------------
 
@@ -173,13 +175,14 @@ class Reader:
 
     def _check_ties(self, plan: Plan) -> None:
         segments = plan.loader.contents.segments
-        for (name, one), (other_name, other) in plan.binding.twice:
-            pieces = [Verbatim(n, 0, segments[n].numel, ()) for n in (one, other)]
-            first, second = self.decode(plan.loader, pieces)
-            if not np.array_equal(first.numpy(), second.numpy()):
+        for pair in plan.binding.twice:
+            pieces = [Verbatim(s.segment, 0, segments[s.segment].numel, ()) for s in pair]
+            held = self.decode(plan.loader, pieces)
+            one, other = (_bits(build_tensor(s, h)) for s, h in zip(pair, held, strict=True))
+            if not np.array_equal(one, other):
                 raise MismatchError(
-                    f"{plan.loader.what}: the model ties {name!r} and {other_name!r}, which differ "
-                    "in this task; build the model without tying them"
+                    f"{plan.loader.what}: the model ties {pair[0].name!r} and {pair[1].name!r}, "
+                    "which differ in this task; build the model without tying them"
                 )
 
     def check(self, plan: Plan) -> None:
@@ -199,3 +202,10 @@ class Reader:
 
         for _ in self._pool.each(check, chunks):
             pass
+
+
+def _bits(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a tensor's elements, row by row."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    found: Bytes = plain.reshape(-1).view(torch.uint8).numpy()
+    return found

@@ -79,7 +79,8 @@ class Stock:
         if budget is not None and budget < least:
             raise OptionError(
                 f"budget={budget}: resident={self.resident!r} takes {size(least)} of codes at the "
-                f"least; beside the model, {need}"
+                f"least; give budget={least} or more, serve fewer tasks (tasks=), or keep them "
+                f"elsewhere (resident=). Beside the model, {need}"
             )
         if budget is not None or self.resident == "all":
             return budget

@@ -13,22 +13,19 @@ from typing import Any
 import torch
 
 from tallstore.devices import wanted_device
-from tallstore.errors import OptionError, StoreClosedError, StoreLockedError, UnknownTaskError
-from tallstore.ops import compiled
+from tallstore.errors import StoreClosedError, UnknownTaskError
 from tallstore.serving.binding import Private
 from tallstore.serving.model import Model
-from tallstore.serving.offer import Choice, Offer, listed
+from tallstore.serving.offer import Choice, listed
+from tallstore.serving.opening import Opening, check_options, start
 from tallstore.serving.planning import Plan
 from tallstore.serving.results import Need, Residency, Source, Switch
-from tallstore.serving.stock import Stock
 from tallstore.serving.turns import Request, Turns
 from tallstore.serving.writer import Writer
 from tallstore.store import StorePath, TallStore
 from tallstore.workers import workers
 
 __all__ = ["TaskSwitcher"]
-
-_RESIDENT = ("all", "masks-on-host", "stream")
 
 
 class TaskSwitcher:
@@ -40,6 +37,12 @@ class TaskSwitcher:
     they have: CUDA graphs, compiled modules and optimizers go on with them. Safe to share between
     threads. On the CPU numba (``pip install 'tallstore[cpu]'``) makes switches several times
     faster.
+
+    Between switches nobody else may change the weights: a switch writes only what differs from the
+    task before. If they were changed, by training for one, ``switch(task, rewrite=True)`` writes
+    all of them. A model whose tensors were replaced or moved is refused, until `refresh` takes it
+    as it is now. Autograd knows of every switch: a graph made before it fails in ``backward()``, as
+    after an optimizer's step, and gives no wrong gradients.
 
     Parameters
     ----------
@@ -75,8 +78,8 @@ class TaskSwitcher:
     Raises
     ------
     MismatchError
-        The model has other tensors, shapes or dtypes than a task, or is elsewhere; nothing was
-        written.
+        The model has other tensors, shapes or dtypes than a task, or is elsewhere, or some of its
+        tensors share elements that the task has apart; nothing was written.
     UnknownTaskError, OptionError, StoreNotFoundError, NotAStoreError, CorruptStoreError
     DeviceError
         The device is not there, or too small; the message says how much each choice takes.
@@ -104,48 +107,33 @@ class TaskSwitcher:
         ignore: Iterable[str] = (),
         external_base: StorePath | None = None,
     ) -> None:
-        _check_options(resident, budget, fidelity, private)
-        self._model = Model(model, None if device is None else wanted_device(device))
-        if wanted_device(self._model.device).type == "cpu":
-            # Weights will be written often: starting the compiled loops, if they are there, pays.
-            compiled.load()
-        self._choice = Choice(
+        check_options(resident, budget, fidelity, private)
+        self._wanted = None if device is None else wanted_device(device)
+        self._model = Model(model, self._wanted)
+        start(self._model.device)
+        choice = Choice(
             tasks=listed(tasks), fidelity=fidelity, private=private, ignore=listed(ignore) or ()
         )
         opened = store if isinstance(store, TallStore) else None
         self._path = store.path if isinstance(store, TallStore) else store
-        self._base_at = opened._base_at if opened is not None else external_base
         self.resident: Residency = resident
-        self._budget = budget
         self._turns = Turns()
         self._task: str | None = None
         self._closed = False
         self._ahead: ThreadPoolExecutor | None = None
         with ExitStack() as stack:
             self._pool = stack.enter_context(workers())
+            self._opening = Opening(
+                path=self._path,
+                base_at=opened._base_at if opened is not None else external_base,
+                choice=choice,
+                resident=resident,
+                budget=budget,
+                pool=self._pool,
+            )
             self._writer = Writer(self._model.device, self._pool)
-            self._stock = self._open(stack)
+            self._stock = self._opening.open(stack, self._model, self._writer)
             self._stack = stack.pop_all()
-
-    def _open(self, stack: ExitStack, older: Stock | None = None) -> Stock:
-        """The store as it is now, in memory as far as was asked for."""
-        try:
-            store = TallStore(self._path, external_base=self._base_at)
-        except StoreLockedError:
-            if older is None:
-                raise
-            # Another file is in its place: it cannot be opened while this one is.
-            older.offer.store.close()
-            store = TallStore(self._path, external_base=self._base_at)
-        stack.callback(store.close)
-        return Stock(
-            Offer(store, self._model, self._choice, self._pool),
-            self._model.device,
-            resident=self.resident,
-            budget=self._budget,
-            writer=self._writer,
-            older=older,
-        )
 
     # -- what there is --------------------------------------------------------------------
 
@@ -191,7 +179,8 @@ class TaskSwitcher:
         task
             One of `tasks`.
         rewrite
-            Write every weight, whatever is there: after the weights were trained, for one.
+            Write every weight, whatever is there: needed if anything but the switcher changed
+            weights in place, such as training.
 
         Returns
         -------
@@ -202,6 +191,9 @@ class TaskSwitcher:
         ------
         UnknownTaskError
             There is no such task.
+        MismatchError
+            Tensors of the model were replaced or moved since it was bound; nothing was written, and
+            `refresh` binds it anew.
         CorruptStoreError, DeviceError
             The message says if no task is live any more; else the one before is.
         OptionError
@@ -219,7 +211,9 @@ class TaskSwitcher:
         """The model as a task, for nobody else, for the length of a block.
 
         Threads that ask for one task follow each other behind a single switch; nobody waits for
-        ever. The weights are not to be kept: after the block they are another's.
+        ever. The weights are not to be kept: after the block they are another's. Nor are they to be
+        changed: who did so says ``switch(task, rewrite=True)`` afterwards. Raises what `switch`
+        does.
 
         Examples
         --------
@@ -314,6 +308,7 @@ class TaskSwitcher:
         """Make the model a task; the caller has the turn."""
         began = time.perf_counter()
         plan, before = self._known(task), self._task
+        self._model.check_places()
         source: Source = "live"
         moved = loaded = 0
         replaced: tuple[str, ...] = ()
@@ -349,33 +344,52 @@ class TaskSwitcher:
     # -- the store ------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Serve what is in the store now: tasks that were added, another store in its place.
+        """Serve what is in the store now, into the model as it is now.
 
-        Until then the switcher shows the store as it was when it was made. Waits until nobody uses
-        the model. What did not change is not read again. If it fails, everything that is in memory
-        is served as before; and what is not, unless another file took the place of the store's.
+        Of the store, tasks that were added, or another store in its place: until then the switcher
+        shows it as it was. Of the model, tensors that were replaced or moved: until then no switch
+        goes on; afterwards no task is live. Waits until nobody uses the model. What did not change
+        is not read again. If it fails, everything that is in memory is served as before; and what
+        is not, unless another file took the place of the store's.
 
         Raises
         ------
         MismatchError
             What is there now does not fit the model.
+        OptionError
+            What is there now does not fit the budget, or there are no tasks any more. The message
+            says what would fit: another switcher, made with it, serves that.
         UnknownTaskError, CorruptStoreError, StoreNotFoundError, DeviceError
         """
         if self._closed:
             raise StoreClosedError("this switcher was closed; make another")
         request = self._turns.enter(None)
         try:
-            with ExitStack() as stack:
-                stock = self._open(stack, self._stock)
+            with ExitStack() as stack, self._as_it_is() as model:
+                writer = self._writer
+                if model.device != self._model.device:
+                    writer = Writer(model.device, self._pool)
+                stock = self._opening.open(stack, model, writer, self._stock)
                 self._stack.push(stack.pop_all())
             older, self._stock = self._stock, stock
+            self._model, self._writer = model, writer
             if self._task not in stock.same:
                 # The model is what the task was; switching to it writes what it is now.
                 self._task = None
-                self._writer.forget()
+                writer.forget()
             older.offer.store.close()
         finally:
             self._leave(request)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[Model]:
+        """The model, bound anew where it changed."""
+        if self._model.is_current():
+            yield self._model
+            return
+        with self._model.renewed(self._wanted) as model:
+            start(model.device)
+            yield model
 
     def close(self) -> None:
         """Give everything back but the model, which stays what it is."""
@@ -401,14 +415,3 @@ class TaskSwitcher:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.tasks)} tasks, live: {self._task!r}"
         return f"<TaskSwitcher {str(self._path)!r} on {self._model.device}, {state}>"
-
-
-def _check_options(resident: str, budget: int | None, fidelity: str | None, private: str) -> None:
-    if resident not in _RESIDENT:
-        raise OptionError(f"resident={resident!r}: it is one of {', '.join(map(repr, _RESIDENT))}")
-    if budget is not None and (not isinstance(budget, int) or budget < 0):
-        raise OptionError(f"budget={budget!r}: bytes of codes on the device, 0 or more")
-    if fidelity not in (None, "codes"):
-        raise OptionError(f"fidelity={fidelity!r}: None or 'codes'")
-    if private not in ("replace", "skip"):
-        raise OptionError(f"private={private!r}: 'replace' or 'skip'")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tallstore.devices import on_device
 from tallstore.errors import TallstoreError
@@ -57,7 +59,8 @@ class Writer:
         """
         live = self._live
         try:
-            with torch.no_grad(), on_device(self._device, "switching"):
+            # Also of models that were made in it; tensors that were not are as in no_grad.
+            with torch.inference_mode(), on_device(self._device, "switching"):
                 if self._device.type == "cpu":
                     moved = 0
                     # Views come last: they may be of weights that codes are put into.
@@ -75,6 +78,8 @@ class Writer:
         except BaseException as exc:
             live.forget()
             _raise_partly(exc)
+        finally:
+            _tell_autograd(code.written)
         live.next()
         return moved
 
@@ -106,20 +111,30 @@ class Writer:
         try:
             if self._used is not None:
                 torch.cuda.current_stream(self._device).wait_event(self._used)
-            plan.loader.load_into(targets, names=list(targets))
+            with torch.inference_mode():
+                plan.loader.load_into(targets, names=list(targets))
         except BaseException as exc:
             _raise_partly(exc)
+        finally:
+            _tell_autograd(plan.binding.written)
         return sum(tensor.nbytes for tensor in targets.values())
 
 
 def _run(job: Job) -> int:
-    with torch.no_grad():
+    with torch.inference_mode():
         return job()
 
 
 def _copy(code: TaskCode) -> None:
     for one, other in code.copies:
         other.copy_(one)
+
+
+def _tell_autograd(written: Iterable[torch.Tensor]) -> None:
+    """Let graphs that hold on to these weights fail: their gradients would be wrong."""
+    # One at a time, as every torch takes them.
+    for tensor in written:
+        increment_version(tensor)
 
 
 def _raise_partly(exc: BaseException) -> NoReturn:
