@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -35,11 +35,13 @@ class Entrant:
     setting: str
     make: Callable[..., Coded]
     random: bool = False
+    calibrated: bool = False
+    """Whether ``make`` takes ``calibrate``: a few inputs of each task, without labels."""
     chosen: str = ""
     values: tuple[float, ...] = ()
 
 
-def stored(vectors: Vectors, *, bits_per_weight: float, seed: int) -> Coded:
+def stored(vectors: Vectors, *, bits_per_weight: float, seed: int, calibrate: Any = None) -> Coded:
     """Pack a zoo with ``code="auto"`` and load every task back from the file.
 
     What tasks have of their own is left out on both sides, as it is for the rivals; bits are all
@@ -50,7 +52,15 @@ def stored(vectors: Vectors, *, bits_per_weight: float, seed: int) -> Coded:
     tasks = {t: _apart(vectors.layout.tensors(vectors.base + v)) for t, v in vectors.tasks.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "zoo.tall"
-        tallstore.pack(path, base, tasks, code="auto", bits_per_weight=bits_per_weight, seed=seed)
+        tallstore.pack(
+            path,
+            base,
+            tasks,
+            code="auto",
+            bits_per_weight=bits_per_weight,
+            seed=seed,
+            calibrate=calibrate,
+        )
         with tallstore.open(path) as store:
             taken = sum(store.stored_bytes(task) for task in tasks)
             loaded = {t: vectors.layout.flat(store.load(t)) - vectors.base for t in tasks}
@@ -67,7 +77,14 @@ def _nothing(vectors: Vectors) -> Coded:
 
 def _ours() -> list[Entrant]:
     return [
-        Entrant("tallstore", f"auto, {b:g} bits", partial(stored, bits_per_weight=b), random=True)
+        Entrant(
+            name,
+            f"auto, {b:g} bits",
+            partial(stored, bits_per_weight=b),
+            random=True,
+            calibrated=calibrated,
+        )
+        for name, calibrated in (("tallstore", False), ("tallstore, calibrated", True))
         for b in BUDGETS
     ]
 

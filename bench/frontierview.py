@@ -15,6 +15,7 @@ TITLES: Final = {
 FLOOR: Final = 0.6
 COLOURS: Final = {
     "tallstore": "#d62728",
+    "tallstore, calibrated": "#000000",
     "TALL+TA": "#1f77b4",
     "TALL+TIES": "#17becf",
     "EMR-Merging": "#2ca02c",
@@ -27,7 +28,7 @@ COLOURS: Final = {
     "TVQ": "#393b79",
     "TSV-Compress": "#637939",
 }
-MARKERS: Final = "oDPX*vs^<>ph"
+MARKERS: Final = "odDPX*vs^<>ph"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

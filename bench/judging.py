@@ -27,6 +27,8 @@ class Family:
 
     name: str
     zoo: Callable[[Path | None], Zoo]
+    calibration: Callable[..., tuple[torch.nn.Module, list[Any]]]
+    """Of a task and `cache`: a module, and inputs without labels."""
     validation: int
     """Texts, images or windows a task."""
     test: int
@@ -37,9 +39,16 @@ class Family:
 FAMILIES: Final = {
     family.name: family
     for family in (
-        Family("minilm", minilm.zoo, validation=100, test=500),
-        Family("vision", vision.zoo, validation=200, test=500),
-        Family("language", language.zoo, validation=16, test=64, classifies=False),
+        Family("minilm", minilm.zoo, minilm.calibration, validation=100, test=500),
+        Family("vision", vision.zoo, vision.calibration, validation=200, test=500),
+        Family(
+            "language",
+            language.zoo,
+            language.calibration,
+            validation=16,
+            test=64,
+            classifies=False,
+        ),
     )
 }
 
@@ -86,7 +95,7 @@ class Judge:
     """
 
     def __init__(self, family: Family, cache: Path | None, limit: int | None = None) -> None:
-        self.family, self._cache, self._limit = family, cache, limit
+        self.family, self.cache, self._limit = family, cache, limit
         self.zoo = family.zoo(cache)
         base = load_file(self.zoo.base / "model.safetensors")
         finetuned = {t: load_file(p / "model.safetensors") for t, p in self.zoo.tasks.items()}
@@ -146,13 +155,13 @@ class Judge:
         limit = self._items(split)
         if self.family.name == "minilm":
             return minilm.predict(
-                task, state, split=split, cache=self._cache, limit=limit, bfloat16=True
+                task, state, split=split, cache=self.cache, limit=limit, bfloat16=True
             )
-        return vision.predict(task, state, split=split, cache=self._cache, limit=limit)
+        return vision.predict(task, state, split=split, cache=self.cache, limit=limit)
 
     def _losses(self, task: str, state: State, split: Split) -> Tensor:
         limit = self._items(split)
-        return language.losses(task, state, split=split, cache=self._cache, limit=limit).double()
+        return language.losses(task, state, split=split, cache=self.cache, limit=limit).double()
 
 
 def relative_error(vectors: Vectors, coded: Mapping[str, Tensor]) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tallstore.mergestream.grid import EvaluateMerge
     from tallstore.mergestream.merge import Merge
     from tallstore.merging import MergeRule
+    from tallstore.packing.calibrating import Calibrate
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
@@ -190,6 +191,7 @@ def pack(
     merge: str | MergeRule | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
     vector_dtype: str = "bfloat16",
     exact: bool = False,
     compress: bool = False,
@@ -243,6 +245,12 @@ def pack(
     evaluate
         ``evaluate(task, state_dict) -> score``, higher is better, on validation data: called
         with the weights just as they will load, for each lambda. Ties go to the smallest.
+    calibrate
+        ``calibrate(task) -> (module, batches)``: a module of the task's shape, whose weights are
+        overwritten, and a few inputs for it, without labels: tensors, tuples or dicts of
+        arguments. Biases are then coded as they have to be for the coded weights to give, on
+        average over these inputs, what the original ones give, channel by channel (arXiv
+        1906.04721). That takes a task's size of memory. Not for codes over a shared vector.
     vector_dtype
         ``"bfloat16"``, ``"float16"`` or ``"float32"``. Masks are made for the rounded vector.
     exact
@@ -282,6 +290,7 @@ def pack(
     place = store_path(path)
     options = code_options(
         evaluate=evaluate is not None,
+        calibrate=calibrate is not None,
         code=code,
         density=density,
         bits=bits,
@@ -318,6 +327,7 @@ def pack(
             options=options,
             tall_lambda=tall_lambda,
             evaluate=evaluate,
+            calibrate=calibrate,
             vector_dtype=vector_dtype,
             exact=exact,
             compress=compress,

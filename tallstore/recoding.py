@@ -11,6 +11,7 @@ from tallstore.store import StorePath, TallStore, store_path
 
 if TYPE_CHECKING:
     from tallstore.merging import MergeRule
+    from tallstore.packing.calibrating import Calibrate
     from tallstore.packing.choosing import Evaluate
     from tallstore.progress import Report
 
@@ -151,6 +152,7 @@ def repack(
     merge: str | MergeRule | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
     vector_dtype: str | None = None,
     exact: bool | None = None,
     compress: bool = False,
@@ -174,7 +176,7 @@ def repack(
         As for `pack`.
     merge, vector_dtype
         As for `pack`; None: as they are.
-    tall_lambda, evaluate, compress
+    tall_lambda, evaluate, calibrate, compress
         As for `pack`.
     exact
         Keep the exact tier; None: if every task has one.
@@ -203,6 +205,7 @@ def repack(
     target = None if out is None else store_path(out)
     options = code_options(
         evaluate=evaluate is not None,
+        calibrate=calibrate is not None,
         code=code,
         density=density,
         bits=bits,
@@ -222,6 +225,7 @@ def repack(
             merge=merge,
             tall_lambda=tall_lambda,
             evaluate=evaluate,
+            calibrate=calibrate,
             vector_dtype=vector_dtype,
             exact=exact,
             compress=compress,

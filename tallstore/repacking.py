@@ -18,6 +18,7 @@ from tallstore.errors import OptionError, TaskExistsError, UnknownTaskError
 from tallstore.externalbase import place_of, refer
 from tallstore.loading import Loader
 from tallstore.merging import MergeRule, merge_rule
+from tallstore.packing.calibrating import Calibrate
 from tallstore.packing.choosing import Evaluate
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.pack import pack_zoo
@@ -42,6 +43,7 @@ def repack_store(
     merge: str | MergeRule | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
     vector_dtype: str | None = None,
     exact: bool | None = None,
     compress: bool = False,
@@ -111,6 +113,7 @@ def repack_store(
             options=options,
             tall_lambda=tall_lambda,
             evaluate=evaluate,
+            calibrate=calibrate,
             vector_dtype=dtype,
             exact=whole if exact is None else exact,
             compress=compress,

@@ -130,6 +130,14 @@ def evaluate(
     return float(losses(task, state_dict, split=split, cache=cache, limit=limit).mean())
 
 
+def calibration(
+    task: str, *, cache: Path | None = None, count: int = 32
+) -> tuple[torch.nn.Module, list[Tensor]]:
+    """Give a model to calibrate with, and windows of a source's training text."""
+    corpus = _corpus(task, root_of(cache))
+    return ByteModel(SHAPE), [corpus.windows("train", SHAPE.context, count)]
+
+
 def _train(settings: Settings, start: Mapping[str, Tensor] | None, root: Path) -> dict[str, Tensor]:
     """Train a model from given weights or from random ones and return the state dict."""
     torch.manual_seed(settings.seed)

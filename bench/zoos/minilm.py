@@ -208,6 +208,23 @@ def evaluate(
     return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
+class _Encoder(Classifier):
+    """What all tasks have: no head."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.embed(ids, mask)
+
+
+def calibration(
+    task: str, *, cache: Path | None = None, count: int = 64
+) -> tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Give an encoder to calibrate with, and a task's first training texts, without labels."""
+    root = root_of(cache)
+    config = json.loads((base_model(root) / "config.json").read_text())
+    ids, mask, _ = _tokenized(task, _task(task, root).train, root, count).batch(range(count))
+    return _Encoder(BertConfig.from_json(config), 0), [(ids, mask)]
+
+
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
     """Train the encoder and a new head on one task and return the state dict."""
     torch.manual_seed(settings.seed)

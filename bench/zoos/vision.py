@@ -145,6 +145,21 @@ def evaluate(
     return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
+class _Encoder(Classifier):
+    """What all tasks have: no head."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embed(images)
+
+
+def calibration(
+    task: str, *, cache: Path | None = None, count: int = 128
+) -> tuple[torch.nn.Module, list[Tensor]]:
+    """Give an encoder to calibrate with, and a task's first training images, without labels."""
+    data = _task(task, root_of(cache)).train
+    return _Encoder(0).to(memory_format=torch.channels_last), [_pixels(data, slice(0, count))]  # type: ignore[call-overload]
+
+
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:
     """Train the encoder and a new head on one task and return the state dict."""
     torch.manual_seed(settings.seed)

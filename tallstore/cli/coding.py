@@ -12,7 +12,7 @@ import click
 
 from tallstore.errors import OptionError
 
-__all__ = ["CODES", "coding_options", "coding_values", "find_evaluate"]
+__all__ = ["CODES", "coding_options", "coding_values", "find_function"]
 
 #: `tallstore.packing.codeoptions.CODE_NAMES`, without its imports; a test compares them.
 CODES: Final = ("tall", "signs", "seeded", "levels", "auto")
@@ -84,6 +84,12 @@ def coding_options(*names: str, extra: tuple[str, ...] = ()) -> Callable[[_Funct
             metavar="MODULE:FUNCTION",
             help="Your function(task, state_dict) -> score, higher is better; it is run.",
         ),
+        "calibrate": click.option(
+            "--calibrate",
+            metavar="MODULE:FUNCTION",
+            help="Your function(task) -> (module, batches), inputs without labels: biases are "
+            "coded so that the module gives on average what the original gives.",
+        ),
     }
 
     def add(function: _Function) -> _Function:
@@ -104,13 +110,14 @@ def coding_values(given: dict[str, Any]) -> dict[str, Any]:
     """Take what `coding_options` gave out of a command's arguments: keyword arguments."""
     names = ("density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep")
     found = {name: given.pop(name) for name in names if name in given}
-    if "evaluate" in given:
-        text = given.pop("evaluate")
-        found["evaluate"] = None if text is None else find_evaluate(text)
+    for name in ("evaluate", "calibrate"):
+        if name in given:
+            text = given.pop(name)
+            found[name] = None if text is None else find_function(f"--{name}", text)
     return found
 
 
-def find_evaluate(text: str) -> Callable[[str, Any], float]:
+def find_function(option: str, text: str) -> Callable[..., Any]:
     """The function called ``MODULE:FUNCTION``; modules in the working directory are found.
 
     Raises
@@ -120,15 +127,15 @@ def find_evaluate(text: str) -> Callable[[str, Any], float]:
     """
     module, _, name = text.partition(":")
     if not module or not name:
-        raise OptionError(f"--evaluate {text}: give MODULE:FUNCTION, such as scores:accuracy")
+        raise OptionError(f"{option} {text}: give MODULE:FUNCTION, such as scores:accuracy")
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as exc:
-        raise OptionError(f"--evaluate {text}: {type(exc).__name__}: {exc}") from exc
+        raise OptionError(f"{option} {text}: {type(exc).__name__}: {exc}") from exc
     finally:
         sys.path.remove(os.getcwd())
     if not callable(found):
-        raise OptionError(f"--evaluate {text}: it is {type(found).__name__}, no function")
-    function: Callable[[str, Any], float] = found
+        raise OptionError(f"{option} {text}: it is {type(found).__name__}, no function")
+    function: Callable[..., Any] = found
     return function

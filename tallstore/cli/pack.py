@@ -50,7 +50,16 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     help="In place of --base: refer to the base of another store, which has to stay.",
 )
 @coding_options(
-    "density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep", "evaluate"
+    "density",
+    "bits",
+    "over",
+    "gain",
+    "seed",
+    "bits_per_weight",
+    "max_error",
+    "keep",
+    "evaluate",
+    "calibrate",
 )
 @click.option(
     "--merge",

@@ -14,7 +14,8 @@ whole. Of what a code leaves, less counts:
 - rounding to multiples of a step: as noise while the steps are small, which is as good as random,
   and steeply more as they grow;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
-  50 times (the inputs, if those are fewer) as much as noise.
+  50 times (the inputs, if those are fewer) as much as noise; 10 times where biases are corrected,
+  which takes back most of what adds up.
 
 Every error counts relative to the squared norm of the tensor's own weights in the base, which is
 how loud the noise is beside what the layer says, however large the layer is. The first layers count
@@ -50,6 +51,7 @@ __all__ = ["Allotment", "Offers", "block"]
 _NOISE: Final = 1.5
 _LOUDEST: Final = 0.015
 _BY_RULE: Final = 50
+_CORRECTED: Final = 10
 #: Rounding counts 1 + _ROUNDING * e^4 times as much as noise where it leaves an error of e.
 _ROUNDING: Final = 600
 #: How fast blocks come to count less.
@@ -87,6 +89,8 @@ class Offers:
         Inputs of a row of each tensor, by segment; 1 where it is not there.
     blocks
         The block of each tensor that is in one, by segment; see `block`.
+    corrected
+        Whether biases take back what errors add up to; see `tallstore.packing.calibrating`.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class Offers:
         *,
         fans: Mapping[int, int] | None = None,
         blocks: Mapping[int, int | None] | None = None,
+        corrected: bool = False,
     ) -> None:
+        self._by_rule = _CORRECTED if corrected else _BY_RULE
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: direct_choices(n, seen, gain) for n, seen in self._there.items()}
@@ -117,9 +123,15 @@ class Offers:
             self._menu(n, seeded_choices(n, seen, gain)) for n, seen in self._there.items()
         ]
 
-    def within(self, bits_per_weight: float) -> Allotment:
-        """What does the least harm within a budget; everything is left where it buys nothing."""
-        budget = bits_per_weight * self.weights
+    def within(self, bits_per_weight: float, *, taken: float = 0.0) -> Allotment:
+        """What does the least harm within a budget; everything is left where it buys nothing.
+
+        Parameters
+        ----------
+        taken
+            Bits of it, in all, that are spent on something else.
+        """
+        budget = bits_per_weight * self.weights - taken
         low, high = 0.0, max(self.moved, 1e-30) * 1e3
         found = self._cheapest(low)
         if found.bits <= budget:
@@ -179,7 +191,7 @@ class Offers:
         moved, rate = self._there[segment].moved, self._noise
         if choice.rounded:
             return min(rate * (1 + _ROUNDING * (choice.error / moved) ** 2), 1.0) * choice.error
-        by_rule = min(rate * min(_BY_RULE, self._fans[segment]), 1.0)
+        by_rule = min(rate * min(self._by_rule, self._fans[segment]), 1.0)
         return rate * choice.at_random + by_rule * (choice.error - choice.at_random)
 
     def _menu(self, segment: int, seeded: Sequence[Choice]) -> _Menu:

@@ -60,20 +60,23 @@ class CodeOptions:
             "bits": self.bits,
             "over": self.over if self.code == "levels" else None,
             "gain": self.gain,
-            "bits_per_weight": self.bits_per_weight,
+            # Not asked for where a share of the score is: then it is what was tried.
+            "bits_per_weight": self.bits_per_weight if self.keep is None else None,
             "max_error": self.max_error,
             "keep": self.keep,
         }
         return {name: value for name, value in given.items() if value is not None}
 
 
-def code_options(*, evaluate: bool = False, **given: Any) -> CodeOptions:
+def code_options(*, evaluate: bool = False, calibrate: bool = False, **given: Any) -> CodeOptions:
     """Options as the caller gave them, checked and filled in.
 
     Parameters
     ----------
     evaluate
         Whether there is something to score a task with.
+    calibrate
+        Whether there is something to correct biases with.
 
     Raises
     ------
@@ -100,6 +103,11 @@ def code_options(*, evaluate: bool = False, **given: Any) -> CodeOptions:
     if found.keep is not None and not evaluate:
         raise OptionError(
             f"keep={found.keep}: it takes evaluate(task, state_dict), which scores a task's weights"
+        )
+    if calibrate and found.shared:
+        raise OptionError(
+            f"calibrate: code={code!r} is over a shared vector, and corrected biases are not "
+            "multiples of it; code='auto', 'signs', 'seeded' and 'levels' with over='none' take it"
         )
     density = found.density if found.density is not None else _DENSITY.get(code)
     bits = found.bits if found.bits is not None else _BITS.get(code)

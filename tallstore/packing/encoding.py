@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -157,6 +158,13 @@ class TargetEncoder:
         else:
             seen = span_moves(target.candidate, arena, span, lambda *_: (base, vector32))
             raw = seen.raw
+            if target.coded is not None:
+                other = span_moves(target.coded, arena, span, lambda *_: (base, vector32))
+                if target.exact:
+                    # What the base is in codes alone still has a residual, and the other way.
+                    both = zip(seen.same, other.same, strict=True)
+                    other = replace(other, same=[one and two for one, two in both])
+                seen = other
             self._code(arena, span, seen)
         if arena in self._exact:
             dtype, base_dtype = self.dtype(arena), layout.arenas[arena].dtype

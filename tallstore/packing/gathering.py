@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,8 @@ class Candidate:
     plan: Plan
     layout: Layout
     """The base's."""
+    changed: Mapping[int, Bytes] = field(default_factory=dict)
+    """Segments to code as if the checkpoint had these bytes."""
     _by_arena: dict[int, list[tuple[int, int, int, int]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,10 +90,14 @@ class Candidate:
             raw = np.empty_like(base) if covered else base.copy()
         size = itemsize(dtype)
         for item in held:
-            self.source.read(
-                item.segment, item.first * size, raw[item.start * size : item.stop * size]
-            )
+            self._read(item.segment, item.first * size, raw[item.start * size : item.stop * size])
         return raw, held
+
+    def _read(self, segment: int, start: int, out: Bytes) -> None:
+        if segment in self.changed:
+            np.copyto(out, self.changed[segment][start : start + out.size])
+        else:
+            self.source.read(segment, start, out)
 
     def gather_float32(self, arena: int, start: int, base: Bytes, base32: Floats) -> Floats:
         """The checkpoint's weights over a block as float32; in gaps, exactly the base's."""

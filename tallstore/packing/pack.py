@@ -28,6 +28,7 @@ from tallstore.matching import match
 from tallstore.mergestream.survey import survey
 from tallstore.merging import MergeRule, Profile, merge_rule
 from tallstore.packing.base import refer_to_base, write_base
+from tallstore.packing.calibrating import Calibrate
 from tallstore.packing.choosing import (
     Evaluate,
     check_lambdas,
@@ -128,6 +129,7 @@ def pack_zoo(
     options: CodeOptions | None = None,
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
     vector_dtype: str = "bfloat16",
     exact: bool = False,
     compress: bool = False,
@@ -184,12 +186,11 @@ def pack_zoo(
                 if options.code == "tall":
                     remarks = packing.masks(lambdas, evaluate, masks, exact=exact)
                 else:
-                    remarks = packing.codes(options, evaluate, exact=exact)
+                    remarks = packing.codes(options, evaluate, calibrate, exact=exact)
             if before_publishing is not None:
                 before_publishing()
-            _publish(
-                new, path, tried=options.code != "tall" and evaluate is not None, timeout=timeout
-            )
+            tried = options.code != "tall" and (evaluate is not None or calibrate is not None)
+            _publish(new, path, tried=tried, timeout=timeout)
         finally:
             new.discard()
     notes = [note for candidate in candidates for note in candidate.plan.notes]
@@ -210,21 +211,29 @@ def _publish(new: NewFile, path: Path, *, tried: bool, timeout: float) -> None:
 
 
 class _Trial:
-    """Scores targets by writing them into the new file; see `tallstore.packing.planning.Trial`."""
+    """Loads targets by writing them into the new file; see `tallstore.packing.planning.Trial`."""
 
-    def __init__(self, packing: _Packing, snapshot: Snapshot, evaluate: Evaluate) -> None:
+    def __init__(self, packing: _Packing, snapshot: Snapshot, evaluate: Evaluate | None) -> None:
         self._packing = packing
         self._snapshot = snapshot
         self._evaluate = evaluate
 
+    def coded(self, target: Target) -> Any:
+        return self._packing.trial(self._snapshot, target)
+
+    def whole(self, candidate: Candidate) -> Any:
+        return state_of(candidate.source, read_memory(candidate.source))
+
     def score(self, target: Target, what: str) -> float:
-        state = self._packing.trial(self._snapshot, target)
-        return score_of(self._evaluate, target.candidate.name, state, what)
+        return self._score(target.candidate, self.coded(target), what)
 
     def original(self, candidate: Candidate) -> float:
-        source = candidate.source
-        state = state_of(source, read_memory(source))
-        return score_of(self._evaluate, candidate.name, state, "the original")
+        return self._score(candidate, self.whole(candidate), "the original")
+
+    def _score(self, candidate: Candidate, state: Any, what: str) -> float:
+        if self._evaluate is None:
+            raise RuntimeError("there is nothing to score with")
+        return score_of(self._evaluate, candidate.name, state, what)
 
 
 class _Packing:
@@ -343,7 +352,14 @@ class _Packing:
         coded = sum(task.coded for task in catalog.tasks.values())
         return 8 * stored / coded if coded else 0.0
 
-    def codes(self, options: CodeOptions, evaluate: Evaluate | None, *, exact: bool) -> list[str]:
+    def codes(
+        self,
+        options: CodeOptions,
+        evaluate: Evaluate | None,
+        calibrate: Calibrate | None,
+        *,
+        exact: bool,
+    ) -> list[str]:
         """Survey the tasks, and write them with codes of other kinds; returns remarks."""
         notes: list[str] = []
         targets = []
@@ -351,9 +367,16 @@ class _Packing:
             planner = Planner(
                 snapshot, document, vector, options, workers=self._pool, meter=self._meter
             )
-            trial = None if evaluate is None else _Trial(self, snapshot, evaluate)
+            tried = evaluate is not None or calibrate is not None
+            trial = _Trial(self, snapshot, evaluate) if tried else None
             for candidate in self._candidates:
-                target, remarks = planner.target(candidate, exact=exact, trial=trial)
+                target, remarks = planner.target(
+                    candidate,
+                    exact=exact,
+                    trial=trial,
+                    scored=evaluate is not None,
+                    calibrate=calibrate,
+                )
                 targets.append(target)
                 notes += remarks
             self._write(snapshot, targets, tall_span)

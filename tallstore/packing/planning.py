@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tallstore.catalog import VectorRecord
 from tallstore.codecs import Bytes
@@ -19,9 +19,11 @@ from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
 from tallstore.mergestream.feed import shapes
 from tallstore.packing.allotting import Allotment, Offers, block
+from tallstore.packing.calibrating import Calibrate, Calibration
 from tallstore.packing.choices import dense_choice
 from tallstore.packing.codeoptions import CodeOptions
-from tallstore.packing.drafting import fixed_drafts, seeded_draft
+from tallstore.packing.correcting import BIAS_BITS, Correction
+from tallstore.packing.drafting import fixed_drafts, moving, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.surveying import survey_candidate, survey_values
@@ -39,7 +41,15 @@ _LADDER: Final = (0.03, 0.06, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 
 
 class Trial(Protocol):
-    """What scores weights."""
+    """What loads and scores weights."""
+
+    def coded(self, target: Target) -> Any:
+        """What a target's codes will load as."""
+        ...
+
+    def whole(self, candidate: Candidate) -> Any:
+        """A checkpoint as it is."""
+        ...
 
     def score(self, target: Target, what: str) -> float:
         """The score of a target's weights, just as they will load."""
@@ -89,14 +99,24 @@ class Planner:
         return base, to_float32(vector, self._vector.decoded_dtype)
 
     def target(
-        self, candidate: Candidate, *, exact: bool, trial: Trial | None = None
+        self,
+        candidate: Candidate,
+        *,
+        exact: bool,
+        trial: Trial | None = None,
+        scored: bool = True,
+        calibrate: Calibrate | None = None,
     ) -> tuple[Target, list[str]]:
         """How a checkpoint is to be coded, and remarks.
 
         Parameters
         ----------
         trial
-            Scores a target's weights, just as they will load; None: there is no score.
+            Gives a target's weights, just as they will load; scoring and calibrating need it.
+        scored
+            Whether the target is scored.
+        calibrate
+            Gives what biases are corrected with; None: they are not.
 
         Raises
         ------
@@ -105,10 +125,14 @@ class Planner:
         """
         options = self._options
         found = self.survey(candidate)
+        correction = None
+        if calibrate is not None and trial is not None:
+            calibration = Calibration(candidate.name, calibrate, trial.whole(candidate))
+            correction = Correction(candidate, calibration, trial.coded)
         if options.keep is not None and trial is not None:
-            return self._keeping(candidate, found, trial)
-        target = self.made(candidate, found, options, exact=exact)
-        if trial is not None:
+            return self._keeping(candidate, found, trial, correction)
+        target = self.made(candidate, found, options, exact=exact, correction=correction)
+        if trial is not None and scored:
             score = trial.score(target, options.code)
             target = replace(target, score=score if math.isfinite(score) else None)
         return target, []
@@ -130,15 +154,39 @@ class Planner:
         options: CodeOptions,
         *,
         exact: bool,
+        correction: Correction | None = None,
     ) -> Target:
         """The target of a surveyed checkpoint.
 
         Raises
         ------
         OptionError
-            A budget cannot be met.
+            A budget cannot be met, or the caller's module does not do what it is for.
         """
-        return self._target(candidate, self._drafts(candidate, found, options), options, exact)
+        if correction is None:
+            return self._target(candidate, self._drafts(candidate, found, options), options, exact)
+        weights = sum(seen.weights for seen in found.values())
+        biases = correction.within(_budget(options, weights))
+        others = {n: seen for n, seen in found.items() if n not in biases}
+        drafts = self._drafts(candidate, others, options, taken=sum(biases.values()))
+        target = self._target(candidate, drafts, options, False)
+        coded = correction.applied(target, biases)
+        moved = survey_candidate(
+            coded,
+            self._read,
+            shared=False,
+            only=biases,
+            workers=self._workers,
+            progress=lambda _: None,
+        )
+        made = (seeded_draft(n, seen, BIAS_BITS, 1) for n, seen in moving(moved).items())
+        return replace(
+            target,
+            coded=coded,
+            drafts={**drafts, **{draft.segment: draft for draft in made if draft is not None}},
+            exact=exact,
+            parameters={**options.record(), "corrected": len(biases)},
+        )
 
     def relative_error(self, target: Target, found: Mapping[int, Magnitudes]) -> float:
         """What dense codes are going to err by, relative to the task vector."""
@@ -168,7 +216,11 @@ class Planner:
         )
 
     def _keeping(
-        self, candidate: Candidate, found: Mapping[int, Magnitudes], trial: Trial
+        self,
+        candidate: Candidate,
+        found: Mapping[int, Magnitudes],
+        trial: Trial,
+        correction: Correction | None,
     ) -> tuple[Target, list[str]]:
         """The fewest bits of a ladder whose weights score well enough; else the exact tier."""
         options = self._options
@@ -179,12 +231,10 @@ class Planner:
                 f"keep={share}: evaluate({candidate.name!r}, ...) gave {whole} for the original; a "
                 "share of it needs a score above 0"
             )
-        offers = self._offers(found)
         target = self._target(candidate, {}, options, True)
-        score = -math.inf
         for bits in _LADDER:
-            drafts = self._buy(candidate, offers.within(bits))
-            target = self._target(candidate, drafts, options, False)
+            rung = replace(options, bits_per_weight=bits)
+            target = self.made(candidate, found, rung, exact=False, correction=correction)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
                 return replace(target, score=score), []
@@ -194,8 +244,9 @@ class Planner:
         )
         return replace(target, exact=True, score=whole), [note]
 
-    def _offers(self, found: Mapping[int, Magnitudes]) -> Offers:
-        return Offers(found, self._options.gain, fans=self._fans, blocks=self._blocks)
+    def _offers(self, found: Mapping[int, Magnitudes], *, corrected: bool = False) -> Offers:
+        gain = self._options.gain
+        return Offers(found, gain, fans=self._fans, blocks=self._blocks, corrected=corrected)
 
     def _stage(self, name: str, candidate: Candidate) -> Progress:
         return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
@@ -211,19 +262,27 @@ class Planner:
         )
 
     def _drafts(
-        self, candidate: Candidate, found: Mapping[int, Magnitudes], options: CodeOptions
+        self,
+        candidate: Candidate,
+        found: Mapping[int, Magnitudes],
+        options: CodeOptions,
+        *,
+        taken: float = 0.0,
     ) -> Mapping[int, Draft]:
+        """How segments are going to be coded; of a budget in bits, some are `taken`."""
         if options.code != "auto":
             return fixed_drafts(options, found, partial(self._values, candidate))
         if options.max_error is not None:
             return _within_error(candidate.name, self._offers(found), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        offers = self._offers(found)
-        bought = offers.within(bits)
-        if bought.drafts and all(draft.left for draft in bought.drafts.values()):
+        offers = self._offers(found, corrected=taken > 0)
+        bought = offers.within(bits, taken=taken)
+        nothing = bought.drafts and all(draft.left for draft in bought.drafts.values())
+        if nothing and options.keep is None:
+            least = offers.least_bits() + taken / offers.weights
             raise OptionError(
-                f"bits_per_weight={bits}: task {candidate.name!r} takes {offers.least_bits():g} at "
-                "least; with fewer nothing of it would be left but the base"
+                f"bits_per_weight={bits}: task {candidate.name!r} takes {least:.4g} at least; with "
+                "fewer nothing of it would be left but the base"
             )
         return self._buy(candidate, bought)
 
@@ -237,6 +296,13 @@ class Planner:
             # None of the weights picked had moved: there is nothing to fit to.
             drafts[n] = made or Draft(n, SPARSE, cut=math.inf, left=True)
         return drafts
+
+
+def _budget(options: CodeOptions, weights: int) -> float | None:
+    """Bits that a task may take; None where that is not how it is coded."""
+    if options.code != "auto" or options.max_error is not None:
+        return None
+    return weights * (DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight)
 
 
 def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, Draft]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,12 +60,18 @@ def span_moves(candidate: Candidate, arena: int, span: int, read: SpanReader) ->
     return Moves(moves, vector, raw, held, same, base32)
 
 
-def coded_spans(candidate: Candidate) -> Iterator[tuple[int, int]]:
-    """(arena, span) of everything that it has of arenas that can be coded."""
+def coded_spans(
+    candidate: Candidate, only: Collection[int] | None = None
+) -> Iterator[tuple[int, int]]:
+    """(arena, span) of what it has of arenas that can be coded; of some segments, or of all."""
     for arena in candidate.arenas():
         record = candidate.layout.arenas[arena]
-        if is_codable(record.dtype):
-            yield from ((arena, span) for span in range(record.spans))
+        if not is_codable(record.dtype):
+            continue
+        for span in range(record.spans):
+            held = candidate.held(arena, span * record.span, record.span)
+            if only is None or any(item.base_segment in only for item in held):
+                yield arena, span
 
 
 def survey_candidate(
@@ -73,6 +79,7 @@ def survey_candidate(
     read: SpanReader,
     *,
     shared: bool,
+    only: Collection[int] | None = None,
     workers: Workers,
     progress: Callable[[int], None],
 ) -> dict[int, Magnitudes]:
@@ -82,6 +89,8 @@ def survey_candidate(
     ----------
     shared
         Whether magnitudes are relative to the shared vector.
+    only
+        These segments of the base alone; None: all.
 
     Memory: 200 kB a segment, and three spans a thread.
     """
@@ -92,6 +101,8 @@ def survey_candidate(
         arena, span = item
         seen = span_moves(candidate, arena, span, read)
         for held, same in zip(seen.held, seen.same, strict=True):
+            if only is not None and held.base_segment not in only:
+                continue
             some = slice(held.start, held.stop)
             part = Magnitudes(0)
             part.same = same
@@ -106,7 +117,7 @@ def survey_candidate(
                 whole.merge(part)
         progress(seen.raw.size)
 
-    for _ in workers.each(survey, coded_spans(candidate)):
+    for _ in workers.each(survey, coded_spans(candidate, only)):
         pass
     return found
 

@@ -18,6 +18,8 @@ class Target:
     """A checkpoint, and what is to be kept of it."""
 
     candidate: Candidate
+    coded: Candidate | None = None
+    """What codes are to be of, where that is not the checkpoint as it is: with other biases."""
     exact: bool
     """Whether loading is to give back the original bit for bit."""
     tall_lambda: float | None = None

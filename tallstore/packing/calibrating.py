@@ -1,0 +1,201 @@
+"""What a task's module gives on a few inputs, and the biases with which its codes give it too.
+
+A code errs on every weight a little. Over the inputs of a layer, which are mostly of one sign
+behind a rectifier, the errors of a row add up to a constant: its output is off by so much for every
+input, and the layers behind it hear that, not the noise around it. The layer's bias can take it
+back: whatever it is off by, on average over a few inputs that need no labels, is subtracted from
+it (bias correction: Nagel et al., arXiv 1906.04721, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from tallstore.errors import OptionError, TallstoreError
+
+__all__ = ["Calibrate", "Calibration"]
+
+#: ``calibrate(task) -> (module, batches)``.
+Calibrate = Callable[[str], tuple[nn.Module, Iterable[Any]]]
+
+#: Modules whose outputs have their channels last, as their biases are added.
+_LAST: Final = (nn.Linear, nn.LayerNorm)
+#: And before so many axes of places.
+_PLACES: Final = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+
+class Calibration:
+    """A task's module and inputs, and what the original weights make of them.
+
+    Parameters
+    ----------
+    calibrate
+        The caller's: gives a module of the task's shape, whose weights are overwritten, and what
+        it is called with, a batch after the other: a tensor, a tuple of arguments, or a mapping of
+        them by name.
+    original
+        The task's weights, as a state dict.
+
+    Raises
+    ------
+    OptionError
+        `calibrate` failed or gave something else, the weights do not fit its module, the module
+        fails on a batch, or gives numbers that are not finite.
+    """
+
+    def __init__(self, task: str, calibrate: Calibrate, original: Any) -> None:
+        self._task = task
+        self._module, self._batches = self._ask(calibrate)
+        self._found = dict(_biased(self._module))
+        self._means: dict[str, list[Tensor]] = defaultdict(list)
+
+        def keep(name: str, output: Tensor, axis: int) -> None:
+            self._means[name].append(_mean(output, axis))
+
+        with self._hooked(self._found, keep):
+            self._run(original, "the original")
+        if not all(bool(mean.isfinite().all()) for means in self._means.values() for mean in means):
+            raise self._refused("the original weights give numbers that are not finite")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The biases that were added to an output, as a state dict names them."""
+        return tuple(f"{name}.bias".removeprefix(".") for name in self._means)
+
+    def corrected(self, coded: Any, names: Iterable[str]) -> dict[str, Tensor]:
+        """The biases with which coded weights give the means of the original, front to back.
+
+        Parameters
+        ----------
+        coded
+            A state dict.
+        names
+            Of `names`, those that may be changed.
+
+        Returns
+        -------
+        dict
+            Biases by name, float32.
+
+        Raises
+        ------
+        OptionError
+            The module fails, or does not do with these weights what it did with the others.
+        """
+        wanted = set(names)
+        shifts: dict[str, list[Tensor]] = defaultdict(list)
+
+        def shift(name: str, output: Tensor, axis: int) -> Tensor:
+            done = shifts[name]
+            if len(done) == len(self._means[name]):
+                raise self._refused(f"{name!r} is called more often than with the original weights")
+            by = self._means[name][len(done)] - _mean(output, axis)
+            done.append(by)
+            shape = [1] * output.dim()
+            shape[axis] = -1
+            return output + by.view(shape).to(output.dtype)
+
+        some = {n: a for n, a in self._found.items() if f"{n}.bias".removeprefix(".") in wanted}
+        with self._hooked(some, shift):
+            self._run(coded, "the codes")
+        found = {}
+        for name, by in shifts.items():
+            key = f"{name}.bias".removeprefix(".")
+            found[key] = coded[key].detach().float() + torch.stack(by).mean(0).to(coded[key].device)
+            if not bool(found[key].isfinite().all()):
+                raise self._refused(f"the codes give numbers that are not finite, at {name!r}")
+        return found
+
+    def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
+        try:
+            module, batches = calibrate(self._task)
+            given = list(batches)
+        except TallstoreError:
+            raise
+        except Exception as exc:
+            raise self._refused(f"{type(exc).__name__}: {exc}") from exc
+        if not isinstance(module, nn.Module) or not given:
+            raise self._refused(
+                f"it gave {type(module).__name__} and {len(given)} batches; a torch.nn.Module and "
+                "at least one batch are needed"
+            )
+        return module, given
+
+    def _run(self, state: Any, what: str) -> None:
+        """The module, as `state` has it, on every batch."""
+        module, training = self._module, self._module.training
+        try:
+            missing = module.load_state_dict(state, strict=False).missing_keys
+            if missing:
+                raise self._refused(f"the task has no {missing[0]!r}, which the module has")
+            module.eval()
+            with torch.no_grad():
+                for batch in self._batches:
+                    _call(module, batch)
+        except TallstoreError:
+            raise
+        except Exception as exc:
+            raise self._refused(f"the module failed with {what}: {exc}") from exc
+        finally:
+            module.train(training)
+
+    @contextmanager
+    def _hooked(
+        self, modules: Iterable[str], tell: Callable[[str, Tensor, int], Tensor | None]
+    ) -> Iterator[None]:
+        """Be told what modules give; what comes back takes the place of it."""
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+            def told(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+                return tell(name, output, self._found[name](output))
+
+            return told
+
+        handles = [self._module.get_submodule(n).register_forward_hook(hook(n)) for n in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refused(self, why: str) -> OptionError:
+        return OptionError(f"calibrate({self._task!r}): {why}")
+
+
+def _call(module: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        module(**batch)
+    elif isinstance(batch, (tuple, list)):
+        module(*batch)
+    else:
+        module(batch)
+
+
+def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:
+    """Submodules that add a bias to what they give last, and where the channels of that are."""
+    for name, part in module.named_modules():
+        bias = getattr(part, "bias", None)
+        if not isinstance(bias, nn.Parameter) or bias.dim() != 1:
+            continue
+        if isinstance(part, _LAST):
+            yield name, lambda output: output.dim() - 1
+        elif isinstance(part, _NORMS):
+            yield name, lambda _: 1
+        else:
+            places = next((n for kind, n in _PLACES.items() if isinstance(part, kind)), None)
+            if places is not None:
+                yield name, lambda output, places=places: output.dim() - 1 - places  # type: ignore[misc]
+
+
+def _mean(output: Tensor, axis: int) -> Tensor:
+    """By channel, in float32."""
+    others = [n for n in range(output.dim()) if n != axis]
+    found = output.detach().float()
+    return found.mean(others) if others else found
