@@ -113,6 +113,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "zstandard": {"codecs"},
     "click": {"cli"},
     "matplotlib": {"report"},
+    "llvmlite": {"ops"},
     "numba": {"ops"},
     "transformers": {"integrations"},
     "sklearn": {"demo"},

@@ -17,7 +17,7 @@ from tallstore import ops
 from tallstore.errors import DeviceError
 from tallstore.kernels import reference, seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
-from tallstore.ops import compiled
+from tallstore.ops import compiled, programs
 from tallstore.ops.programs import Planes, Touches, shares, words
 
 assert compiled.load()
@@ -161,7 +161,7 @@ import sys
 sys.modules["numba"] = None
 import torch
 from tallstore import errors, ops
-from tallstore.ops import compiled
+from tallstore.ops import compiled, programs
 assert not compiled.load() and not compiled.loaded()
 assert ops.choose_backend(torch.device("cpu"), None, compiles=True) == "cpu"
 try:
@@ -176,3 +176,74 @@ else:
 def test_loops_stay_on_the_cpu() -> None:
     with pytest.raises(DeviceError, match="backend='compiled': the tensors are on meta"):
         ops.choose_backend(torch.device("meta"), "compiled")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=4),
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
+    vector=st.sampled_from([None, *FLOATS]),
+    seed=st.integers(0, 99),
+)
+def test_past_the_caches_it_is_the_same(
+    sizes: list[int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    vector: torch.dtype | None,
+    seed: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    levels = torch.from_numpy(generator.standard_normal((len(sizes), 2), np.float32))
+    parts, wanted = [], []
+    for row, n in enumerate(sizes):
+        base = draw(generator, n, dtypes[0])
+        base[5::13] = torch.nan
+        step = None if vector is None else draw(generator, n, vector)
+        planes = draw_planes(generator, 1, n, 0.5)
+        # Some begin at a line of memory, others do not.
+        out = torch.full((n + 3,), 7.0, dtype=dtypes[1])[row % 3 : row % 3 + n]
+        parts.append((base, planes, step, row, out))
+        wanted.append(reference.reconstruct(base, planes, step, levels[row].tolist(), dtypes[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "_PAST", 0)
+        Planes(parts, levels).run(0, len(parts))
+    assert [bits(part[-1]) for part in parts] == [bits(tensor) for tensor in wanted]
+
+
+@pytest.mark.parametrize("past", [0, 1 << 40])
+def test_what_is_there_already_is_left_alone(past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_PAST", past)
+    generator = np.random.default_rng(3)
+    n, marked = 4096 + 40, 70
+    base, vector = draw(generator, n, torch.float32), draw(generator, n, torch.bfloat16)
+    outs = [torch.empty(n), torch.empty(n), torch.empty(n)]
+    masks = [draw_planes(generator, 1, n, 0.5) for _ in range(2)]
+    masks[1][:, 8:256] = masks[0][:, 8:256]
+    levels = torch.tensor([[0.0, 1.0], [-0.0, 1.0]])
+
+    def program(mask: torch.Tensor, rows: tuple[int, int, int]) -> Planes:
+        return Planes(
+            [(base, mask, vector, row, out) for row, out in zip(rows, outs, strict=True)], levels
+        )
+
+    first, second = program(masks[0], (0, 0, 0)), program(masks[1], (0, 1, 0))
+    first.since(None)
+    assert first.run(0, 3) == 0
+    second.since(first)
+    for out in outs:
+        out[marked] = 5.0
+    # Of other levels nothing is left alone, though -0.0 == 0.0; the marks tell what is.
+    assert second.run(0, 3) == 2 * 248 * 8
+    assert [float(out[marked]) == 5.0 for out in outs] == [True, False, True]
+    for row, out in zip((0, 1, 0), outs, strict=True):
+        wanted = reference.reconstruct(base, masks[1], vector, levels[row].tolist(), torch.float32)
+        out[marked] = wanted[marked]
+        assert bits(out) == bits(wanted)
+    # Elsewhere, or over another vector, it is as if nothing were known.
+    other = Planes([(base, masks[1], vector.clone(), 0, outs[0])], levels)
+    other.since(second)
+    assert other.run(0, 1) == 0
+    elsewhere = Planes([(base, masks[1], vector, 0, torch.empty(n))], levels)
+    elsewhere.since(second)
+    assert elsewhere.run(0, 1) == 0
+    second.since(None)
+    assert second.run(0, 3) == 0

@@ -15,6 +15,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
+from tallstore.ops.wide import LINE, WIDTH, write
 
 __all__ = ["run_planes", "run_touches"]
 
@@ -78,6 +79,29 @@ def _times_of(level: Any, vector: Any, at: Any) -> Any:
     return lambda level, vector, at: level * _wide(vector[at])
 
 
+def _itemsize(vector: Any) -> Any:
+    """Bytes of a weight of the shared vector, if there is one."""
+    raise NotImplementedError
+
+
+def _from(vector: Any, at: Any) -> Any:
+    """Weights of the shared vector from one on, if there is one."""
+    raise NotImplementedError
+
+
+@overload(_itemsize, strict=False)
+def _itemsize_of(vector: Any) -> Any:
+    size = 0 if isinstance(vector, types.NoneType) else vector.dtype.bitwidth // 8
+    return lambda vector: size
+
+
+@overload(_from, strict=False)
+def _from_of(vector: Any, at: Any) -> Any:
+    if isinstance(vector, types.NoneType):
+        return lambda vector, at: None
+    return lambda vector, at: vector[at:]
+
+
 @_compiled
 def _word(plane: Any, byte: Any) -> Any:
     """32 bits of a plane."""
@@ -87,11 +111,19 @@ def _word(plane: Any, byte: Any) -> Any:
 
 
 @_compiled
-def _one_plane(base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any) -> None:
-    """Base + level * vector, of one plane. All of one length, the plane of its bytes."""
-    whole = out.size // 32
+def _one_plane(
+    base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any, there: Any
+) -> Any:
+    """Base + level * vector, of one plane. All of one length, the plane of its bytes.
+
+    Weights are left alone whose bits are those of `there`, if that has any; gives how many.
+    """
+    left, whole = 0, out.size // 32
     for w in range(whole):
         bits, first = _word(plane, 4 * w), 32 * w
+        if there.size and _word(there, 4 * w) == bits:
+            left += 32
+            continue
         for j in range(32):
             level = high if (bits >> np.uint32(j)) & np.uint32(1) else low
             step = _times(level, vector, first + j)
@@ -100,6 +132,26 @@ def _one_plane(base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any
         level = high if (plane[at >> 3] >> np.uint8(at & 7)) & 1 else low
         step = _times(level, vector, at)
         out[at] = _narrow(_wide(base[at]) + step, out)
+    return left
+
+
+@_compiled
+def _one_plane_wide(
+    base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any, there: Any,
+    base_like: Any, vector_like: Any, out_like: Any, words: Any,
+) -> Any:  # fmt: skip
+    """The same of whole words, by addresses, past the caches."""
+    size, step, far = _itemsize(base_like), _itemsize(vector_like), _itemsize(out_like)
+    left = 0
+    for w in range(words):
+        bits = _word(plane, 4 * w)
+        if there.size and _word(there, 4 * w) == bits:
+            left += WIDTH
+            continue
+        n = WIDTH * w
+        write(base + size * n, vector + step * n, bits, low, high, out + far * n,
+              base_like, vector_like, out_like, np.uint16(_NAN))  # fmt: skip
+    return left
 
 
 @_compiled
@@ -313,9 +365,14 @@ def _vector_of(address: Any, count: Any, like: Any) -> Any:
 
 @_compiled
 def run_planes(
-    jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, low: Any, high: Any
-) -> None:
-    """Rows low .. high - 1 of `jobs`: see `ops.programs.Planes`. Arrays give their dtypes alone."""
+    jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, past: Any,
+    low: Any, high: Any,
+) -> Any:  # fmt: skip
+    """Rows low .. high - 1 of `jobs`: see `ops.programs.Planes`. Arrays give their dtypes alone.
+
+    `past`: one plane is written past the caches. Gives how many weights were left alone.
+    """
+    left = 0
     for n in range(low, high):
         count, planes, row = jobs[n, 0], jobs[n, 1], levels[jobs[n, 2]]
         one, to = _at(jobs[n, 3], count, base), _at(jobs[n, 5], count, out)
@@ -323,7 +380,17 @@ def run_planes(
         size = (count + 7) // 8
         p0 = _at(jobs[n, 6], size, octets)
         if planes == 1:
-            _one_plane(one, p0, step, row[0], row[1], to)
+            there = _at(jobs[n, 10], size if jobs[n, 10] else 0, octets)
+            words = count // WIDTH if past and jobs[n, 5] % LINE == 0 else 0
+            left += _one_plane_wide(
+                jobs[n, 3], p0, jobs[n, 4], row[0], row[1], jobs[n, 5], there, base, vector, out,
+                words,
+            )  # fmt: skip
+            at = WIDTH * words
+            left += _one_plane(
+                one[at:], p0[at // 8 :], _from(step, at), row[0], row[1], to[at:],
+                there[at // 8 :],
+            )  # fmt: skip
             continue
         p1 = _at(jobs[n, 7], size, octets)
         if planes == 2:
@@ -332,6 +399,7 @@ def run_planes(
         p2 = _at(jobs[n, 8], size, octets)
         p3 = _at(jobs[n, 9], size if planes == 4 else 0, octets)
         _four_planes(one, p0, p1, p2, p3, step, row, to)
+    return left
 
 
 @_compiled

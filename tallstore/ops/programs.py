@@ -47,6 +47,13 @@ _POSITIONS: Final = 9
 _SEEDED: Final = 10
 #: Numbers of a row of `Touches`.
 _WIDTH: Final = 23
+#: Columns of a row of `Planes`: what must be the same for weights to be, then what they are of.
+_ALIKE: Final = [0, 1, 3, 4, 5]
+_OUT: Final = 5
+_PLANES: Final = 6
+_THERE: Final = 10
+#: Bytes from which on weights are written past the caches: no cache would hold them.
+_PAST: Final = 1 << 25
 _LOW: Final = 0xFFFFFFFF
 _OCTETS: Final = np.zeros(0, np.uint8)
 _SHORTS: Final = np.zeros(0, np.uint16)
@@ -88,15 +95,16 @@ class Planes:
         self._held = parts
         self._levels = np.zeros((levels.shape[0], 16), np.float32)
         self._levels[:, : levels.shape[1]] = levels.numpy()
-        rows = np.zeros((len(parts), 10), np.int64)
+        rows = np.zeros((len(parts), 11), np.int64)
         for row, (base, planes, vector, level, out) in zip(rows, parts, strict=True):
             count = planes.shape[0]
             row[:6] = (
                 base.numel(), count, level, base.data_ptr(),
                 0 if vector is None else vector.data_ptr(), out.data_ptr(),
             )  # fmt: skip
-            row[6 : 6 + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
+            row[_PLANES : _PLANES + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
         self._rows = rows
+        self._past = sum(part[-1].nbytes for part in parts) >= _PAST
         base, _, vector, _, out = parts[0]
         self._like = (
             compiled.like(base),
@@ -104,14 +112,40 @@ class Planes:
             compiled.like(out),
         )
 
+    def since(self, before: Planes | None) -> None:
+        """From now on leave alone what another one wrote into the same weights, just as they are.
+
+        Parameters
+        ----------
+        before
+            What the weights are by; None: nobody knows.
+        """
+        rows = self._rows
+        rows[:, _THERE] = 0
+        if before is None:
+            return
+        order = np.argsort(before._rows[:, _OUT])
+        at = np.searchsorted(before._rows[order, _OUT], rows[:, _OUT])
+        other = before._rows[order[np.minimum(at, order.size - 1)]]
+        # The same levels, bit for bit: -0.0 is another than 0.0.
+        mine, its = (
+            program._levels.view(np.int32)[number[:, 2]]
+            for program, number in ((self, rows), (before, other))
+        )
+        same = (rows[:, _ALIKE] == other[:, _ALIKE]).all(1) & (mine == its).all(1)
+        same &= rows[:, 1] == 1
+        rows[same, _THERE] = other[same, _PLANES]
+
     def valid(self) -> bool:
         """Whether all weights are where they were: `Tensor.share_memory_`, for one, moves them."""
         outs = np.fromiter((part[-1].data_ptr() for part in self._held), np.int64)
-        return bool((outs == self._rows[:, 5]).all())
+        return bool((outs == self._rows[:, _OUT]).all())
 
-    def run(self, low: int, high: int) -> None:
-        """Write parts low .. high - 1."""
-        compiled.loops().run_planes(self._rows, self._levels, *self._like, _OCTETS, low, high)
+    def run(self, low: int, high: int) -> int:
+        """Write parts low .. high - 1; gives how many weights were left alone, see `since`."""
+        rows, levels, like = self._rows, self._levels, self._like
+        run = compiled.loops().run_planes
+        return int(run(rows, levels, *like, _OCTETS, self._past, low, high))
 
 
 def words(code: SparseCode | SeededCode) -> Words:

@@ -82,8 +82,14 @@ class Arrangement:
     """On the CPU."""
     pieces: tuple[tuple[int, Run], ...]
     """On the CPU with compiled loops: (row of the levels, weights), in pieces that are shared."""
-    moved: int
-    """Bytes that a reconstruction reads and writes, the planes' aside."""
+    weights: int
+    each: int
+    """Bytes that a reconstruction reads and writes for a weight, the planes' aside."""
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a reconstruction of them all reads and writes."""
+        return self.weights * self.each
 
     @property
     def compiles(self) -> bool:
@@ -118,16 +124,16 @@ def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None
     """
     ordered = tuple(sorted(runs, key=lambda run: run.first))
     weights = sum(run.out.numel() for run in ordered)
-    wide = base.element_size() + (0 if vector is None else vector.element_size())
-    moved = weights * wide + sum(run.out.nbytes for run in ordered)
+    each = base.element_size() + (0 if vector is None else vector.element_size())
+    each += ordered[0].out.element_size()
     if compiles(base, vector, *(run.out for run in ordered)):
         pieces = tuple((row, cut) for row, run in enumerate(ordered) for cut in run.cut())
-        return Arrangement(base, vector, ordered, None, (), pieces, moved)
+        return Arrangement(base, vector, ordered, None, (), pieces, weights, each)
     if base.device.type == "cpu":
         cuts = tuple(_cuts(ordered, base, vector))
-        return Arrangement(base, vector, ordered, None, cuts, (), moved)
+        return Arrangement(base, vector, ordered, None, cuts, (), weights, each)
     places = place([(run.first, run.out) for run in ordered], base.numel())
-    return Arrangement(base, vector, ordered, places, (), (), moved)
+    return Arrangement(base, vector, ordered, places, (), (), weights, each)
 
 
 def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> list[Cut]:

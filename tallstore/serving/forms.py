@@ -48,6 +48,8 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 Build = Callable[[torch.Tensor], torch.Tensor]
 #: A tensor of the model, by where it is.
 _Key = tuple[int, int]
+#: A base and a shared vector, by where they are.
+_Arena = tuple[int, int]
 _THE_BASE: Final = None
 
 
@@ -68,15 +70,20 @@ class Live:
     """That share the jobs."""
     before: dict[_Key, There | None] = field(default_factory=dict)
     after: dict[_Key, There | None] = field(default_factory=dict)
+    planes_before: dict[_Arena, Planes] = field(default_factory=dict)
+    planes_after: dict[_Arena, Planes] = field(default_factory=dict)
+    """What wrote the rest of an arena, where the compiled loops did."""
     scratch: Scratch = field(default_factory=Scratch)
 
     def next(self) -> None:
         """What was written is what is there now."""
         self.before, self.after = self.after, {}
+        self.planes_before, self.planes_after = self.planes_after, {}
 
     def forget(self) -> None:
         """Nothing is known of what is there."""
         self.before, self.after = {}, {}
+        self.planes_before, self.planes_after = {}, {}
 
 
 class Form(Protocol):
@@ -215,23 +222,29 @@ class PlanesForm:
             yield launch
             return
         if there.compiles:
-            yield from self._compiled(live.threads)
+            yield from self._compiled(live)
             return
         levels = [tuple(row) for row in self.levels.tolist()]
         for cut in there.cuts:
             yield lambda cut=cut: cut.reconstruct(there, self.planes, levels, live.scratch)  # type: ignore[misc]
 
-    def _compiled(self, threads: int) -> Iterator[Job]:
+    def _compiled(self, live: Live) -> Iterator[Job]:
         there = self.arrangement
         if not self.program or not self.program[0].valid():
             self.program[:] = [Planes(list(there.parts(self.planes)), self.levels)]
-        for low, high in shares([run.out.numel() for _, run in there.pieces], _SHARES * threads):
+        arena = there.base.data_ptr(), 0 if there.vector is None else there.vector.data_ptr()
+        self.program[0].since(live.planes_before.get(arena))
+        live.planes_after[arena] = self.program[0]
+        for low, high in shares(
+            [run.out.numel() for _, run in there.pieces], _SHARES * live.threads
+        ):
             yield partial(self._share, low, high)
 
     def _share(self, low: int, high: int) -> int:
-        self.program[0].run(low, high)
+        left = self.program[0].run(low, high)
         # The first share counts the bytes of all.
-        return 0 if low else self.arrangement.moved + self.planes.nbytes
+        there = self.arrangement
+        return (0 if low else there.moved + self.planes.nbytes) - left * there.each
 
 
 @dataclass(frozen=True, slots=True)
