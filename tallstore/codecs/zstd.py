@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import zstandard
@@ -57,6 +58,16 @@ def _frame_size(payload: memoryview) -> int:
     return place + 4 * zstandard.get_frame_parameters(payload).has_checksum
 
 
+class _Decompressors(threading.local):
+    """A decompressor that each thread keeps: a new one takes as long as a short frame."""
+
+    def __init__(self) -> None:
+        self.own = zstandard.ZstdDecompressor()
+
+
+_DECOMPRESSORS: Final = _Decompressors()
+
+
 def decompress(payload: memoryview, out: Bytes) -> None:
     """Fill `out` from one frame; its declared size is checked before a byte is written.
 
@@ -69,7 +80,7 @@ def decompress(payload: memoryview, out: Bytes) -> None:
         size = zstandard.frame_content_size(payload)
         if size != out.size:
             raise CorruptStoreError(f"a frame of {size} bytes where {out.size} are expected")
-        with zstandard.ZstdDecompressor().stream_reader(payload) as reader:
+        with _DECOMPRESSORS.own.stream_reader(payload) as reader:
             filled = 0
             view = out.data
             while filled < out.size:
