@@ -23,7 +23,7 @@ import tallstore
 from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, classifier, zoo
-from tallstore.ops import compiled
+from tallstore import compiling
 from tallstore.serving import TaskSwitcher
 
 CODES: Mapping[str, dict[str, Any]] = {
@@ -49,12 +49,12 @@ def _check(switcher: TaskSwitcher, store: Path) -> None:
 @contextmanager
 def _without_numba() -> Iterator[None]:
     """As if it were not installed."""
-    kept = compiled.load, compiled.loaded
-    compiled.load = compiled.loaded = lambda: False
+    kept = compiling.load, compiling.loaded
+    compiling.load = compiling.loaded = lambda: False
     try:
         yield
     finally:
-        compiled.load, compiled.loaded = kept
+        compiling.load, compiling.loaded = kept
 
 
 def _switching(switcher: TaskSwitcher, within: Callable[[], Any]) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from tallstore import compiling
 from tallstore.advice import prefer_huge_pages
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
@@ -28,7 +29,6 @@ from tallstore.errors import (
     UnknownTensorError,
 )
 from tallstore.objects import assemble, build_tensor
-from tallstore.ops import compiled
 from tallstore.ring import Ring
 from tallstore.spans import Run
 from tallstore.specs import SegmentSpec, TensorSpec, contiguous_stride
@@ -114,7 +114,7 @@ class Loader:
                 "fidelity='codes'"
             )
         if self.decoder.has_codes and sum(s.numel for s in self.contents.segments) >= _MANY:
-            compiled.load()
+            compiling.load()
 
     def read_file(self, path: str) -> bytes:
         """The content of one of the stored files."""

@@ -11,7 +11,7 @@ import torch
 from zoo import State, bits, fine_tune, make_base
 
 import tallstore
-from tallstore.ops import compiled
+from tallstore import compiling
 from tallstore.store import TallStore
 
 __all__ = ["CPU_BACKENDS", "Net", "address", "assert_is", "loops", "make_store", "tensors"]
@@ -24,8 +24,8 @@ CPU_BACKENDS = ("cpu", "compiled") if importlib.util.find_spec("numba") else ("c
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiled loops, and as if numba were not installed."""
     if request.param == "cpu":
-        monkeypatch.setattr(compiled, "load", lambda: False)
-        monkeypatch.setattr(compiled, "loaded", lambda: False)
+        monkeypatch.setattr(compiling, "load", lambda: False)
+        monkeypatch.setattr(compiling, "loaded", lambda: False)
 
 
 class Net(torch.nn.Module):

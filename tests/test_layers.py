@@ -18,7 +18,9 @@ LAYERS: list[set[str]] = [
         "bits",
         "dtypes",
         "advice",
+        "compiling",
         "errors",
+        "jit",
         "layout",
         "progress",
         "scratch",
@@ -114,7 +116,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "click": {"cli"},
     "matplotlib": {"report"},
     "llvmlite": {"ops"},
-    "numba": {"ops"},
+    "numba": {"jit", "ops"},
     "transformers": {"integrations"},
     "sklearn": {"demo"},
 }

@@ -13,14 +13,14 @@ from zoo import bits, run_child
 
 pytest.importorskip("numba")
 
-from tallstore import ops
+from tallstore import compiling, ops
 from tallstore.errors import DeviceError
 from tallstore.kernels import reference, seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
-from tallstore.ops import compiled, programs
+from tallstore.ops import programs
 from tallstore.ops.programs import Planes, Touches, shares, words
 
-assert compiled.load()
+assert compiling.load()
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -144,7 +144,7 @@ def test_what_torch_makes_of_nan() -> None:
 
 
 def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tallstore.ops import jit
+    from tallstore import jit
 
     def refuse(**options: bool) -> Any:
         if options.get("cache"):
@@ -152,7 +152,7 @@ def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> N
         return lambda function: function
 
     monkeypatch.setattr(jit, "njit", refuse)
-    assert jit._compiled(max) is max
+    assert jit.compiled(max) is max
 
 
 def test_without_numba() -> None:
@@ -161,8 +161,8 @@ import sys
 sys.modules["numba"] = None
 import torch
 from tallstore import errors, ops
-from tallstore.ops import compiled, programs
-assert not compiled.load() and not compiled.loaded()
+from tallstore import compiling
+assert not compiling.load() and not compiling.loaded()
 assert ops.choose_backend(torch.device("cpu"), None, compiles=True) == "cpu"
 try:
     ops.choose_backend(torch.device("cpu"), "compiled", compiles=True)

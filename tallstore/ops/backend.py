@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 import torch
 
+from tallstore import compiling
 from tallstore.errors import DeviceError, MismatchError, OptionError
-from tallstore.ops import compiled
 
 __all__ = ["Backend", "choose_backend"]
 
@@ -43,7 +43,8 @@ def choose_backend(device: torch.device, backend: str | None, *, compiles: bool 
     if backend is not None and backend not in _BACKENDS:
         raise OptionError(f"backend={backend!r}: it is one of {', '.join(_BACKENDS)}")
     if backend is None:
-        chosen = {"cpu": _ON_CPU[compiles and compiled.loaded()], "cuda": "triton"}.get(device.type)
+        on_cpu = _ON_CPU[compiles and compiling.loaded()]
+        chosen = {"cpu": on_cpu, "cuda": "triton"}.get(device.type)
         if chosen is None:
             raise DeviceError(
                 f"{device}: only CPU and CUDA tensors have fast paths; pass backend='reference', "
@@ -55,7 +56,7 @@ def choose_backend(device: torch.device, backend: str | None, *, compiles: bool 
     if backend == "cpu":
         return "cpu"
     if backend == "compiled":
-        if not compiled.load():
+        if not compiling.load():
             raise DeviceError(
                 "backend='compiled': numba cannot be imported; pip install 'tallstore[cpu]', or "
                 "leave backend= away"

@@ -1,43 +1,27 @@
-"""Whether the CPU's weights are written by loops that numba compiles (`ops.jit`); it is optional.
+"""What the loops of `ops.jit` know weights by. float16 is left to `ops.cpu`.
 
-Importing numba takes a moment, and so does compiling a loop, once a machine: it pays where many
-weights are written, and where they are written often. So nobody imports it unasked: `load` does,
-and from then on the CPU path is `ops.programs`. float16 is left to `ops.cpu`.
+Whether the CPU's weights are written by them is said by `tallstore.compiling`; where they are, its
+path is `ops.programs`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["like", "load", "loaded", "loops", "takes"]
+__all__ = ["like", "loops", "takes"]
 
 _JIT: Final = "tallstore.ops.jit"
 #: What loops know weights by: bfloat16 ones are their bits.
 _KNOWN: Final = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
-def load() -> bool:
-    """Use compiled loops from now on, where numba is installed; whether it is."""
-    try:
-        importlib.import_module(_JIT)
-    except ImportError:
-        return False
-    return True
-
-
-def loaded() -> bool:
-    """Whether `load` was called, with success."""
-    return _JIT in sys.modules
-
-
 def loops() -> Any:
-    """`ops.jit`, which must be loaded."""
+    """`ops.jit`; `compiling` must be loaded."""
     return importlib.import_module(_JIT)
 
 

@@ -1,4 +1,4 @@
-"""Loops over weights that numba compiles; imported only where numba is, see `ops.compiled`.
+"""Loops over weights that numba compiles; imported only where numba is: see `tallstore.compiling`.
 
 The same arithmetic as `tallstore.kernels.reference` and its neighbours, without a temporary: each
 weight is read, computed in float32 and written, at the speed of memory. bfloat16 weights are their
@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numba import carray, njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import overload
 
+from tallstore.jit import array_at, compiled
 from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
 from tallstore.ops.wide import LINE, WIDTH, write
 
@@ -26,14 +27,6 @@ _BLOCK: Final = 10
 _STEP: Final = 1024
 #: What torch rounds a NaN to in bfloat16: it depends on the processor.
 _NAN: Final = int(torch.full((64,), torch.nan).to(torch.bfloat16).view(torch.int16)[0]) & 0xFFFF
-
-
-def _compiled(function: Any) -> Any:
-    """Compile a loop when it is first called, once a machine where there is a place to keep it."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither beside this file nor at home
-        return njit(nogil=True)(function)
 
 
 def _wide(weight: Any) -> Any:
@@ -102,7 +95,7 @@ def _from_of(vector: Any, at: Any) -> Any:
     return lambda vector, at: vector[at:]
 
 
-@_compiled
+@compiled
 def _word(plane: Any, byte: Any) -> Any:
     """32 bits of a plane."""
     low = np.uint32(plane[byte]) | np.uint32(plane[byte + 1]) << np.uint32(8)
@@ -110,7 +103,7 @@ def _word(plane: Any, byte: Any) -> Any:
     return np.uint32(low | high << np.uint32(16))
 
 
-@_compiled
+@compiled
 def _one_plane(
     base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any, there: Any
 ) -> Any:
@@ -135,7 +128,7 @@ def _one_plane(
     return left
 
 
-@_compiled
+@compiled
 def _one_plane_wide(
     base: Any, plane: Any, vector: Any, low: Any, high: Any, out: Any, there: Any,
     base_like: Any, vector_like: Any, out_like: Any, words: Any,
@@ -154,18 +147,18 @@ def _one_plane_wide(
     return left
 
 
-@_compiled
+@compiled
 def _pick(by: Any, one: Any, zero: Any) -> Any:
     """A select, which is faster over many weights at once than a look into a table."""
     return one if by else zero
 
 
-@_compiled
+@compiled
 def _bit(word: Any, j: Any) -> Any:
     return word >> np.uint32(j) & np.uint32(1)
 
 
-@_compiled
+@compiled
 def _two_planes(base: Any, p0: Any, p1: Any, vector: Any, levels: Any, out: Any) -> None:
     """Base + levels[code] * vector, of two planes."""
     l0, l1, l2, l3 = levels[0], levels[1], levels[2], levels[3]
@@ -185,7 +178,7 @@ def _two_planes(base: Any, p0: Any, p1: Any, vector: Any, levels: Any, out: Any)
         out[at] = _narrow(_wide(base[at]) + step, out)
 
 
-@_compiled
+@compiled
 def _of_eight(b0: Any, b1: Any, b2: Any, levels: Any, first: Any) -> Any:
     low = _pick(b1, _pick(b0, levels[first + 3], levels[first + 2]),
                 _pick(b0, levels[first + 1], levels[first]))  # fmt: skip
@@ -194,7 +187,7 @@ def _of_eight(b0: Any, b1: Any, b2: Any, levels: Any, first: Any) -> Any:
     return _pick(b2, high, low)
 
 
-@_compiled
+@compiled
 def _four_planes(
     base: Any, p0: Any, p1: Any, p2: Any, p3: Any, vector: Any, levels: Any, out: Any
 ) -> None:
@@ -218,7 +211,7 @@ def _four_planes(
         out[at] = _narrow(_wide(base[at]) + step, out)
 
 
-@_compiled
+@compiled
 def _apply_group(
     group: Any, entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any
 ) -> None:
@@ -230,7 +223,7 @@ def _apply_group(
         out[at] = _narrow(_wide(source[at]) + table[row, entry >> 12], out)
 
 
-@_compiled
+@compiled
 def _restore_group(group: Any, entries: Any, starts: Any, base: Any, out: Any) -> None:
     first = group * _GROUP
     for n in range(starts[group], starts[group + 1]):
@@ -238,21 +231,21 @@ def _restore_group(group: Any, entries: Any, starts: Any, base: Any, out: Any) -
         out[at] = _narrow(_wide(base[at]), out)
 
 
-@_compiled
+@compiled
 def _sparse_apply(entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
     """The touched weights become what `source` has there + level."""
     for group in range(starts.size - 1):
         _apply_group(group, entries, starts, table, rows, source, out)
 
 
-@_compiled
+@compiled
 def _sparse_restore(entries: Any, starts: Any, base: Any, out: Any) -> None:
     """The touched weights become the base."""
     for group in range(starts.size - 1):
         _restore_group(group, entries, starts, base, out)
 
 
-@_compiled
+@compiled
 def _sparse_switch(
     old: Any, old_starts: Any,
     entries: Any, starts: Any, table: Any, rows: Any, base: Any, source: Any, out: Any,
@@ -263,7 +256,7 @@ def _sparse_switch(
         _apply_group(group, entries, starts, table, rows, source, out)
 
 
-@_compiled
+@compiled
 def _mix(x: Any) -> Any:
     x = np.uint32(x ^ x >> np.uint32(16))
     x = np.uint32(x * np.uint32(0x7FEB352D))
@@ -272,7 +265,7 @@ def _mix(x: Any) -> Any:
     return np.uint32(x ^ x >> np.uint32(16))
 
 
-@_compiled
+@compiled
 def _positions(low: Any, high: Any, stride: Any, numel: Any, one: Any, two: Any, at: Any) -> None:
     """Which weights of a tensor have the values of groups low .. high - 1.
 
@@ -288,7 +281,7 @@ def _positions(low: Any, high: Any, stride: Any, numel: Any, one: Any, two: Any,
         at[group - low] = group * stride + within
 
 
-@_compiled
+@compiled
 def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: Any) -> None:
     """The levels of some values in a row, from a whole byte of the planes on."""
     codes[:] = 0
@@ -301,7 +294,7 @@ def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: 
         steps[n] = levels[codes[n]]
 
 
-@_compiled
+@compiled
 def _seeded_apply(
     offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
     planes: Any, levels: Any, source: Any, out: Any,
@@ -319,7 +312,7 @@ def _seeded_apply(
             out[at] = _narrow(_wide(source[at]) + steps[n], out)
 
 
-@_compiled
+@compiled
 def _seeded_restore(
     offset: Any, numel: Any, stride: Any, one: Any, two: Any, base: Any, out: Any
 ) -> None:
@@ -337,22 +330,8 @@ def _seeded_restore(
 # -- many of them in one call: entering and leaving compiled code costs, between threads above all
 
 
-@intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
-@_compiled
-def _at(address: Any, count: Any, like: Any) -> Any:
-    """An array of memory that somebody holds on to."""
-    return carray(_pointer(address), (count,), like.dtype)
-
-
 def _vector_at(address: Any, count: Any, like: Any) -> Any:
-    """The same, or None if there is no such array."""
+    """An array as `array_at` gives it, or None if there is no such array."""
     raise NotImplementedError
 
 
@@ -360,10 +339,10 @@ def _vector_at(address: Any, count: Any, like: Any) -> Any:
 def _vector_of(address: Any, count: Any, like: Any) -> Any:
     if isinstance(like, types.NoneType):
         return lambda address, count, like: None
-    return lambda address, count, like: _at(address, count, like)
+    return lambda address, count, like: array_at(address, count, like)
 
 
-@_compiled
+@compiled
 def run_planes(
     jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, past: Any,
     low: Any, high: Any,
@@ -375,12 +354,12 @@ def run_planes(
     left = 0
     for n in range(low, high):
         count, planes, row = jobs[n, 0], jobs[n, 1], levels[jobs[n, 2]]
-        one, to = _at(jobs[n, 3], count, base), _at(jobs[n, 5], count, out)
+        one, to = array_at(jobs[n, 3], count, base), array_at(jobs[n, 5], count, out)
         step = _vector_at(jobs[n, 4], count, vector)
         size = (count + 7) // 8
-        p0 = _at(jobs[n, 6], size, octets)
+        p0 = array_at(jobs[n, 6], size, octets)
         if planes == 1:
-            there = _at(jobs[n, 10], size if jobs[n, 10] else 0, octets)
+            there = array_at(jobs[n, 10], size if jobs[n, 10] else 0, octets)
             words = count // WIDTH if past and jobs[n, 5] % LINE == 0 else 0
             left += _one_plane_wide(
                 jobs[n, 3], p0, jobs[n, 4], row[0], row[1], jobs[n, 5], there, base, vector, out,
@@ -392,17 +371,17 @@ def run_planes(
                 there[at // 8 :],
             )  # fmt: skip
             continue
-        p1 = _at(jobs[n, 7], size, octets)
+        p1 = array_at(jobs[n, 7], size, octets)
         if planes == 2:
             _two_planes(one, p0, p1, step, row, to)
             continue
-        p2 = _at(jobs[n, 8], size, octets)
-        p3 = _at(jobs[n, 9], size if planes == 4 else 0, octets)
+        p2 = array_at(jobs[n, 8], size, octets)
+        p3 = array_at(jobs[n, 9], size if planes == 4 else 0, octets)
         _four_planes(one, p0, p1, p2, p3, step, row, to)
     return left
 
 
-@_compiled
+@compiled
 def run_touches(
     jobs: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any,
     low: Any, high: Any,
@@ -410,25 +389,27 @@ def run_touches(
     """Rows low .. high - 1 of `jobs`: see `ops.programs.Touches`."""
     for n in range(low, high):
         kind, count, job = jobs[n, 0], jobs[n, 1], jobs[n, 5:]
-        one, source = _at(jobs[n, 2], count, base), _at(jobs[n, 3], count, base)
-        to = _at(jobs[n, 4], count, out)
+        one, source = array_at(jobs[n, 2], count, base), array_at(jobs[n, 3], count, base)
+        to = array_at(jobs[n, 4], count, out)
         if kind == RESTORE:
-            _sparse_restore(_at(job[0], job[1], shorts), _at(job[2], job[3], longs), one, to)
+            _sparse_restore(
+                array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs), one, to
+            )
         elif kind == APPLY:
-            table = _at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
-            rows = _at(job[7], job[8], ints)
-            entries, starts = _at(job[0], job[1], shorts), _at(job[2], job[3], longs)
+            table = array_at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
+            rows = array_at(job[7], job[8], ints)
+            entries, starts = array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs)
             _sparse_apply(entries, starts, table, rows, source, to)
         elif kind == SWITCH:
             old, new = job, job[9:]
-            table = _at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
-            rows = _at(new[7], new[8], ints)
-            entries, starts = _at(new[0], new[1], shorts), _at(new[2], new[3], longs)
-            before, old_starts = _at(old[0], old[1], shorts), _at(old[2], old[3], longs)
+            table = array_at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
+            rows = array_at(new[7], new[8], ints)
+            entries, starts = array_at(new[0], new[1], shorts), array_at(new[2], new[3], longs)
+            before, old_starts = array_at(old[0], old[1], shorts), array_at(old[2], old[3], longs)
             _sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
         elif kind == RESTORE_SEEDED:
             _seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
         else:
-            planes = _at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
-            steps = _at(job[9], 1 << job[7], floats)
+            planes = array_at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
+            steps = array_at(job[9], 1 << job[7], floats)
             _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from tallstore import compiling
 from tallstore.ops import Places, compiled, place, reconstruct
 from tallstore.scratch import Scratch
 from tallstore.serving.planning import Run
@@ -109,7 +110,7 @@ class Arrangement:
 def compiles(*tensors: torch.Tensor | None) -> bool:
     """Whether compiled loops write such weights: on the CPU, where they are loaded."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    return first.device.type == "cpu" and compiled.loaded() and compiled.takes(*tensors)
+    return first.device.type == "cpu" and compiling.loaded() and compiled.takes(*tensors)
 
 
 def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> Arrangement:

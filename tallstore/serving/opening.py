@@ -10,7 +10,7 @@ import torch
 
 from tallstore.devices import wanted_device
 from tallstore.errors import OptionError, StoreLockedError
-from tallstore.ops import compiled
+from tallstore import compiling
 from tallstore.serving.model import Model
 from tallstore.serving.offer import Choice, Offer
 from tallstore.serving.results import Residency
@@ -78,7 +78,7 @@ def start(device: torch.device) -> None:
     """
     if wanted_device(device).type == "cpu":
         # They will be written often: starting the compiled loops, if they are there, pays.
-        compiled.load()
+        compiling.load()
 
 
 def check_options(resident: str, budget: int | None, fidelity: str | None, private: str) -> None:
