@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tallstore import compiling
 from tallstore.bits import count_bits, pack_bits
 from tallstore.codecs.ordered import ordered, unordered, unzigzag, zigzag
 from tallstore.dtypes import itemsize, torch_dtype
@@ -35,6 +36,8 @@ _UNSIGNED: Final = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 #: Words of a piece that stays in the cache.
 _PIECE: Final = 1 << 14
 _ORDERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+#: Of which there are compiled loops too.
+_LOOPED: Final = frozenset({"float16", "bfloat16", "float32"})
 
 
 def to_float32(raw: Bytes, dtype: str) -> Floats:
@@ -182,14 +185,28 @@ def _pieces(count: int) -> Iterator[slice]:
         yield slice(start, start + _PIECE)
 
 
-def add_residual(predicted: Bytes, folded: Bytes, dtype: str) -> Bytes:
-    """The inverse of `residual`: the actual bytes."""
+def add_residual(predicted: Bytes, folded: Bytes, dtype: str, out: Bytes | None = None) -> Bytes:
+    """The inverse of `residual`: the actual bytes, in `out` if it is given.
+
+    That may be `predicted` itself.
+    """
     kind = _UNSIGNED[itemsize(dtype)]
-    known, differences, out = predicted.view(kind), folded.view(kind), np.empty_like(predicted)
-    words = out.view(kind)
+    out = np.empty_like(predicted) if out is None else out
+    known, differences, words = predicted.view(kind), folded.view(kind), out.view(kind)
+    if dtype in _LOOPED and compiling.loaded() and _aligned(known, differences, words):
+        from tallstore.codecs.orderedloops import add
+
+        top = np.uint32(1 << 8 * words.itemsize - 1)
+        places = (array.ctypes.data for array in (known, differences, words))
+        add(*places, words.size, top, np.empty(0, kind))
+        return out
     for at in _pieces(words.size):
         if dtype in _ORDERED:
             words[at] = unordered(ordered(known[at]) + unzigzag(differences[at]))
         else:
             words[at] = known[at] + unzigzag(differences[at])
     return out
+
+
+def _aligned(*arrays: npt.NDArray[Any]) -> bool:
+    return all(array.flags.aligned for array in arrays)

@@ -317,7 +317,7 @@ class Decoder(SpanMap):
                 np.copyto(out, together[start : start + out.size])
             if data.residual is not None:
                 zigzag = data.residual[run.within * width : (run.within + run.count) * width]
-                np.copyto(out, add_residual(out, zigzag, code.dtype))
+                add_residual(out, zigzag, code.dtype, out)
 
     def _scatter(self, data: Span, key: SpanKey, code: ArenaCode, run: Run, out: Bytes) -> None:
         """Predict a run of which sparse or seeded codes touch few weights, or of dense codes."""

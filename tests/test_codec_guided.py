@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tallstore import compiling
 from tallstore.codecs import GUIDED, PLANES, Bytes
 from tallstore.codecs.guided import DTYPES
-from tallstore.coding import from_float32, residual
+from tallstore.coding import add_residual, from_float32, residual
 from tallstore.dtypes import itemsize
 from tallstore.errors import CorruptStoreError
 
+#: Whether decoding is done by compiled loops.
+WAYS = (False, True) if compiling.load() else (False,)
 HEAD = struct.Struct("<IfhHI")
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 Floats = npt.NDArray[np.float32]
@@ -33,9 +37,20 @@ def finetune(count: int, seed: int = 0) -> tuple[Floats, Floats]:
 
 
 def decode(payload: bytes, side: Bytes, dtype: str) -> Bytes:
-    out = np.full(side.size, 0xA5, np.uint8)
-    GUIDED.decode(memoryview(payload), out, parameter=DTYPES[dtype], side=side)
-    return out
+    """With numpy, and with the compiled loops where numba is: the same bytes, or one refusal."""
+    outs, refusals = [], []
+    for way in WAYS:
+        outs.append(np.full(side.size, 0xA5, np.uint8))
+        with mock.patch.object(compiling, "loaded", return_value=way):
+            try:
+                GUIDED.decode(memoryview(payload), outs[-1], parameter=DTYPES[dtype], side=side)
+            except CorruptStoreError as exc:
+                refusals.append(exc)
+    if refusals:
+        assert [str(exc) for exc in refusals] == [str(refusals[0])] * len(WAYS)
+        raise refusals[0]
+    assert all(np.array_equal(out, outs[0]) for out in outs)
+    return outs[0]
 
 
 def check(data: Bytes, side: Bytes, dtype: str, min_gain: float = 0.05) -> bytes | None:
@@ -179,3 +194,109 @@ def test_torch_agrees_on_the_exponents() -> None:
         moved = (ones.float() + torch.linspace(0, 0.1, 1 << 12)).to(dtype)
         side = ones.view(torch.uint8).numpy()
         check(residual(moved.view(torch.uint8).numpy(), side, name), side, name)
+
+
+# -- payloads that `encode` does not write, but may be read ------------------------------------
+
+
+def contexts_of(side: Bytes, dtype: str, classes: Bytes, first: int) -> npt.NDArray[np.int64]:
+    """As FORMAT.md says."""
+    word, mantissa, bits, unit = {
+        "bfloat16": (np.uint16, 7, 8, 134),
+        "float16": (np.uint16, 10, 5, 25),
+        "float32": (np.uint32, 23, 8, 150),
+    }[dtype]
+    exponents = side.view(word).astype(np.int64) >> mantissa & (1 << bits) - 1
+    kinds = np.repeat(classes.astype(np.int64), 128)[: exponents.size]
+    ratio = kinds + first + 2 * unit + 10 - 2 * np.maximum(exponents, 1)
+    return np.where(kinds == 0, 0, np.clip(ratio, 1, 63))
+
+
+def body(data: bytes) -> bytes:
+    return struct.pack("<I", len(data) | 1 << 31) + data
+
+
+def any_payload(
+    draw: np.random.Generator, side: Bytes, dtype: str, factor: float, change: int = 0
+) -> bytes:
+    """Groups of any shift and width, some with large values; `change`: words too many of one."""
+    count, bits = side.size // itemsize(dtype), 8 * itemsize(dtype)
+    classes = draw.integers(0, 12, -(-count // 128)).astype(np.uint8)
+    classes[0] += 1
+    first = int(draw.integers(-60, 20))
+    sizes = np.bincount(contexts_of(side, dtype, classes, first), minlength=64)[1:]
+    if change:
+        at = draw.choice(np.flatnonzero(sizes))
+        sizes[at] = max(sizes[at] + change, 0)
+    heads, bodies, many = b"", body(classes.tobytes()), 0
+    for context in np.flatnonzero(sizes) + 1:
+        size = int(sizes[context - 1])
+        width, shift = int(draw.choice([1, 2, 4, 8])), 2 * int(draw.integers(0, bits // 2))
+        heads += struct.pack("<BBBBI", context, shift, width, 0, size)
+        symbols = draw.integers(0, 256, -(-size * width // 8)).astype(np.uint8)
+        if width == 8 and draw.random() < 0.5:
+            symbols |= np.uint8(0xF0)
+        per = np.unpackbits(symbols, bitorder="little").reshape(-1, width)[:size]
+        many += int(per.all(axis=1).sum())
+        bodies += body(symbols.tobytes())
+        while shift:
+            part = 8 if shift >= 8 else 4 if shift >= 4 else 2
+            bodies += body(draw.bytes(-(-size * part // 8)))
+            shift -= part
+    bodies += body(draw.bytes(4 * many))
+    groups = np.count_nonzero(sizes)
+    return HEAD.pack(count, factor, first, groups, many) + heads + bodies
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    count=st.integers(1, 20000),
+    factor=st.sampled_from([1.0, 0.999, -2.5, 0.0, 1e30, np.inf, -np.inf, np.nan]),
+    change=st.sampled_from([0, 0, 0, 1, -1, -9000, 9000]),
+    seed=st.integers(0, 9999),
+)
+def test_any_groups(dtype: str, count: int, factor: float, change: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    side = draw.integers(0, 256, count * itemsize(dtype), np.uint8)
+    if seed % 2:
+        side = from_float32(finetune(count, seed)[0], dtype)
+    payload = any_payload(draw, side, dtype, factor if dtype == "float32" else 1.0)
+    decode(payload, side, dtype)
+    if change:
+        payload = any_payload(draw, side, dtype, 1.0, change)
+        with pytest.raises(CorruptStoreError, match=r"too (long|short)|cannot be|are expected"):
+            decode(payload, side, dtype)
+
+
+def test_words_that_are_not_where_words_are() -> None:
+    """Numpy reads and writes them; what is compiled would have to be compiled for them."""
+    data, side = differences(5000, "float32")
+    payload = GUIDED.encode(data, parameter=3, min_gain=-500, side=side)
+    assert payload is not None
+    for place in (0, 1):
+        out = np.zeros(side.size + 1, np.uint8)[place : place + side.size]
+        there = np.concatenate([np.zeros(1 - place, np.uint8), side])[1 - place :]
+        GUIDED.decode(memoryview(payload), out, parameter=3, side=there)
+        assert np.array_equal(out, data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([*sorted(DTYPES), "float64", "int32"]),
+    count=st.integers(0, 3000),
+    where=st.sampled_from(["new", "other", "same"]),
+    seed=st.integers(0, 999),
+)
+def test_differences_added_to_words(dtype: str, count: int, where: str, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    size = count * itemsize(dtype)
+    actual, known = (draw.integers(0, 256, size, np.uint8) for _ in range(2))
+    folded = residual(actual, known, dtype)
+    for way in WAYS:
+        with mock.patch.object(compiling, "loaded", return_value=way):
+            start = known.copy()
+            out = {"new": None, "other": np.zeros_like(known), "same": start}[where]
+            found = add_residual(start, folded, dtype, out)
+        assert np.array_equal(found, actual) and (out is None or found is out)
+        assert where == "same" or np.array_equal(start, known)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
 import torch
 
 from tallstore.coding import add_residual as on_cpu
@@ -57,8 +56,8 @@ def add_residual(
             )
     chosen = choose_backend(device, backend)
     if chosen == "cpu":
-        raw = on_cpu(_raw(predicted).numpy(), zigzag.numpy(), dtype_name(predicted.dtype))
-        np.copyto(_raw(out).numpy(), raw)
+        name = dtype_name(predicted.dtype)
+        on_cpu(_raw(predicted).numpy(), zigzag.numpy(), name, _raw(out).numpy())
         return
     word = _WORDS[size]
     if predicted.dtype not in _ORDERED:
