@@ -88,6 +88,11 @@ class Decoder(SpanMap):
         whole = self._exact and code.over_base and code.exact is not None
         return code.coded and not whole
 
+    @property
+    def has_exact(self) -> bool:
+        """Whether an exact tier is read."""
+        return self._exact and any(code.exact is not None for code in self._codes.values())
+
     # -- chunks ---------------------------------------------------------------------------
 
     def _chunk(
@@ -300,7 +305,11 @@ class Decoder(SpanMap):
             for run, out in runs:
                 self._scatter(data, key, code, run, out)
             return
-        if len(runs) > _FEW:
+        # Added to the base where that is, the exact tier needs no copy to be added to.
+        as_base = (
+            data.planes is None and data.residual is not None and code.dtype == data.base_dtype
+        )
+        if len(runs) > _FEW and not as_base:
             # Many small tensors: one pass over them all, then copies, so that threads meet less.
             low = min(run.within for run, _ in runs) // BLOCK * BLOCK
             high = max(run.within + run.count for run, _ in runs)
@@ -309,15 +318,17 @@ class Decoder(SpanMap):
             some = None if rows is None else rows[low // BLOCK : -(-high // BLOCK)]
             self._predict(data, key, code, low, high, together, some)
         for run, out in runs:
-            if together is None:
+            known, there = out, slice(run.within * width, (run.within + run.count) * width)
+            if as_base:
+                known = data.base[there]
+            elif together is None:
                 row = 0 if data.planes is None else self._levels[key[1]].row(run.origin)
                 self._predict(data, key, code, run.within, run.within + run.count, out, row)
             else:
                 start = (run.within - low) * width
                 np.copyto(out, together[start : start + out.size])
             if data.residual is not None:
-                zigzag = data.residual[run.within * width : (run.within + run.count) * width]
-                add_residual(out, zigzag, code.dtype, out)
+                add_residual(known, data.residual[there], code.dtype, out)
 
     def _scatter(self, data: Span, key: SpanKey, code: ArenaCode, run: Run, out: Bytes) -> None:
         """Predict a run of which sparse or seeded codes touch few weights, or of dense codes."""

@@ -44,6 +44,8 @@ Put = Callable[[int, int, Bytes], None]
 
 #: Weights from which it pays to start the compiled loops for a single load.
 _MANY: Final = 1 << 28
+#: The same where the exact tier is decoded, which takes longer without them.
+_MANY_EXACT: Final = 1 << 27
 
 
 def no_progress(count: int) -> None:
@@ -113,7 +115,9 @@ class Loader:
                 f"{self.what}: it has no codes, it is kept exactly; load it without "
                 "fidelity='codes'"
             )
-        if self.decoder.has_codes and sum(s.numel for s in self.contents.segments) >= _MANY:
+        weights = sum(segment.numel for segment in self.contents.segments)
+        many = _MANY_EXACT if self.decoder.has_exact else _MANY
+        if self.decoder.has_codes and weights >= many:
             compiling.load()
 
     def read_file(self, path: str) -> bytes:

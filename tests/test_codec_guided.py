@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore import compiling
+from tallstore import compiling, load, loading, pack
 from tallstore.codecs import GUIDED, PLANES, Bytes
 from tallstore.codecs.guided import DTYPES
 from tallstore.coding import add_residual, from_float32, residual
@@ -300,3 +302,18 @@ def test_differences_added_to_words(dtype: str, count: int, where: str, seed: in
             found = add_residual(start, folded, dtype, out)
         assert np.array_equal(found, actual) and (out is None or found is out)
         assert where == "same" or np.array_equal(start, known)
+
+
+def test_a_load_of_many_weights_takes_the_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, moved = (torch.from_numpy(w) for w in finetune(1 << 14))
+    pack(tmp_path / "z.tall", {"w": base}, {"t": {"w": moved}}, exact=True)
+    asked: list[bool] = []
+    monkeypatch.setattr(loading, "compiling", SimpleNamespace(load=lambda: asked.append(True)))
+    for least, fidelity, loads in ((1 << 14, None, 1), (1 << 14, "codes", 0), (1 << 15, None, 0)):
+        monkeypatch.setattr(loading, "_MANY_EXACT", least)
+        asked.clear()
+        found = load(tmp_path / "z.tall", task="t", fidelity=fidelity)["w"]
+        assert len(asked) == loads
+        assert fidelity or torch.equal(found, moved)
