@@ -8,9 +8,9 @@ from typing import Final
 
 import torch
 
+from tallstore import compiling
 from tallstore.devices import wanted_device
 from tallstore.errors import OptionError, StoreLockedError
-from tallstore import compiling
 from tallstore.serving.model import Model
 from tallstore.serving.offer import Choice, Offer
 from tallstore.serving.results import Residency
