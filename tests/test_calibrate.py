@@ -176,7 +176,7 @@ def test_exact_where_a_correction_is_the_base(
 
 
 def test_a_budget_is_kept(tmp_path: Path) -> None:
-    """The smallest are corrected, as far as a sixth of the budget goes; perhaps none."""
+    """The smallest are corrected, as far as a quarter of the budget goes; perhaps none."""
     taken = {}
     for budget in (0.05, 0.3, 2.0):
         path = tmp_path / f"{budget}.tall"

@@ -14,8 +14,8 @@ whole. Of what a code leaves, less counts:
 - rounding to multiples of a step: as noise while the steps are small, which is as good as random,
   and steeply more as they grow;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
-  50 times (the inputs, if those are fewer) as much as noise; 10 times where biases are corrected,
-  which takes back most of what adds up.
+  50 times (the inputs, if those are fewer) as much as noise; 15 times where all biases are corrected,
+  which takes back most of what adds up, and in between where some are.
 
 Every error counts relative to the squared norm of the tensor's own weights in the base, which is
 how loud the noise is beside what the layer says, however large the layer is. The first layers count
@@ -51,7 +51,7 @@ __all__ = ["Allotment", "Offers", "block"]
 _NOISE: Final = 1.5
 _LOUDEST: Final = 0.015
 _BY_RULE: Final = 50
-_CORRECTED: Final = 10
+_CORRECTED: Final = 15
 #: Rounding counts 1 + _ROUNDING * e^4 times as much as noise where it leaves an error of e.
 _ROUNDING: Final = 600
 #: How fast blocks come to count less.
@@ -90,7 +90,8 @@ class Offers:
     blocks
         The block of each tensor that is in one, by segment; see `block`.
     corrected
-        Whether biases take back what errors add up to; see `tallstore.packing.calibrating`.
+        Share of the biases that take back what errors add up to; see
+        `tallstore.packing.calibrating`.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Offers:
         *,
         fans: Mapping[int, int] | None = None,
         blocks: Mapping[int, int | None] | None = None,
-        corrected: bool = False,
+        corrected: float = 0.0,
     ) -> None:
-        self._by_rule = _CORRECTED if corrected else _BY_RULE
+        self._by_rule = _BY_RULE * (_CORRECTED / _BY_RULE) ** corrected
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: direct_choices(n, seen, gain) for n, seen in self._there.items()}

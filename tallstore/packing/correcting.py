@@ -23,7 +23,7 @@ __all__ = ["BIAS_BITS", "Correction"]
 #: Of a corrected bias: rounded to fewer, what it is off by is heard.
 BIAS_BITS: Final = 4
 #: Of a budget, what biases may take.
-_SHARE: Final = 1 / 6
+_SHARE: Final = 1 / 4
 #: Bits that a bias's levels take in the document.
 _ENTRY: Final = 400
 
@@ -55,6 +55,11 @@ class Correction:
             if spec.name in there and (place := _place(candidate, spec)) is not None
         }
 
+    @property
+    def count(self) -> int:
+        """Biases that can be corrected."""
+        return len(self._biases)
+
     def within(self, budget: float | None) -> dict[int, float]:
         """The base's segments to correct, and the bits that each takes: the smallest first.
 
@@ -64,7 +69,7 @@ class Correction:
         Parameters
         ----------
         budget
-            In bits, of which a sixth is spent; None: there is none.
+            In bits, of which a quarter is spent; None: there is none.
         """
         segments = self._candidate.source.segments
         sizes = {n: segments[own].numel for n, (_, own) in self._biases.items()}

@@ -168,7 +168,13 @@ class Planner:
         weights = sum(seen.weights for seen in found.values())
         biases = correction.within(_budget(options, weights))
         others = {n: seen for n, seen in found.items() if n not in biases}
-        drafts = self._drafts(candidate, others, options, taken=sum(biases.values()))
+        drafts = self._drafts(
+            candidate,
+            others,
+            options,
+            taken=sum(biases.values()),
+            corrected=len(biases) / correction.count if biases else 0.0,
+        )
         target = self._target(candidate, drafts, options, False)
         coded = correction.applied(target, biases)
         moved = survey_candidate(
@@ -244,7 +250,7 @@ class Planner:
         )
         return replace(target, exact=True, score=whole), [note]
 
-    def _offers(self, found: Mapping[int, Magnitudes], *, corrected: bool = False) -> Offers:
+    def _offers(self, found: Mapping[int, Magnitudes], *, corrected: float = 0.0) -> Offers:
         gain = self._options.gain
         return Offers(found, gain, fans=self._fans, blocks=self._blocks, corrected=corrected)
 
@@ -268,14 +274,23 @@ class Planner:
         options: CodeOptions,
         *,
         taken: float = 0.0,
+        corrected: float = 0.0,
     ) -> Mapping[int, Draft]:
-        """How segments are going to be coded; of a budget in bits, some are `taken`."""
+        """How segments are going to be coded.
+
+        Parameters
+        ----------
+        taken
+            Bits of a budget that are spent already.
+        corrected
+            Share of the biases that are corrected.
+        """
         if options.code != "auto":
             return fixed_drafts(options, found, partial(self._values, candidate))
         if options.max_error is not None:
             return _within_error(candidate.name, self._offers(found), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        offers = self._offers(found, corrected=taken > 0)
+        offers = self._offers(found, corrected=corrected)
         bought = offers.within(bits, taken=taken)
         nothing = bought.drafts and all(draft.left for draft in bought.drafts.values())
         if nothing and options.keep is None:
