@@ -14,8 +14,8 @@ whole. Of what a code leaves, less counts:
 - rounding to multiples of a step: as noise while the steps are small, which is as good as random,
   and steeply more as they grow;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
-  50 times (the inputs, if those are fewer) as much as noise; 15 times where all biases are corrected,
-  which takes back most of what adds up, and in between where some are.
+  50 times (the inputs, if those are fewer) as much as noise. Where all biases are corrected, which
+  takes back most of what adds up, it counts 15 times; and in between where some are.
 
 Every error counts relative to the squared norm of the tensor's own weights in the base, which is
 how loud the noise is beside what the layer says, however large the layer is. The first layers count
