@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -65,3 +66,44 @@ def test_a_failure_is_told_when_nothing_is_under_way_any_more() -> None:
         with pytest.raises(ValueError, match="the first"):
             list(pool.each(work, range(2)))
         assert ended.is_set()
+
+
+def test_together_the_calling_thread_works_too() -> None:
+    with workers(3) as pool:
+        both = threading.Barrier(3, timeout=20)
+
+        def work(number: int) -> tuple[int, int]:
+            if number < 3:
+                both.wait()  # each of three threads has one
+            return number, threading.get_ident()
+
+        found = pool.together(work, iter(range(50)))
+        assert sorted(number for number, _ in found) == list(range(50))
+        assert threading.get_ident() in {ident for _, ident in found}
+        assert pool.together(work, ()) == []
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_together_the_first_failure_is_told_at_the_end(kind: type[BaseException]) -> None:
+    ended = threading.Event()
+    started = threading.Event()
+
+    def work(number: int) -> None:
+        if number == 1:
+            started.wait(10)
+            raise kind("the first")
+        started.set()
+        time.sleep(0.2)
+        ended.set()
+
+    with workers(2) as pool:
+        with pytest.raises(kind, match="the first"):
+            pool.together(work, range(1000))
+        assert ended.is_set()
+
+        def items() -> Iterator[int]:
+            yield 0
+            raise kind("while listing")
+
+        with pytest.raises(kind, match="while listing"):
+            pool.together(lambda n: n, items())

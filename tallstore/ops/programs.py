@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tallstore.kernels.seeded_reference import SeededCode, value_groups
@@ -104,6 +106,7 @@ class Planes:
             )  # fmt: skip
             row[_PLANES : _PLANES + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
         self._rows = rows
+        self._since: WeakKeyDictionary[Planes, npt.NDArray[np.int64]] = WeakKeyDictionary()
         self._past = sum(part[-1].nbytes for part in parts) >= _PAST
         base, _, vector, _, out = parts[0]
         self._like = (
@@ -120,10 +123,16 @@ class Planes:
         before
             What the weights are by; None: nobody knows.
         """
-        rows = self._rows
-        rows[:, _THERE] = 0
         if before is None:
+            self._rows[:, _THERE] = 0
             return
+        if before not in self._since:
+            self._since[before] = self._shared(before)
+        self._rows[:, _THERE] = self._since[before]
+
+    def _shared(self, before: Planes) -> npt.NDArray[np.int64]:
+        """By row the plane that `before` wrote the same weights by, or 0."""
+        rows = self._rows
         order = np.argsort(before._rows[:, _OUT])
         at = np.searchsorted(before._rows[order, _OUT], rows[:, _OUT])
         other = before._rows[order[np.minimum(at, order.size - 1)]]
@@ -134,7 +143,7 @@ class Planes:
         )
         same = (rows[:, _ALIKE] == other[:, _ALIKE]).all(1) & (mine == its).all(1)
         same &= rows[:, 1] == 1
-        rows[same, _THERE] = other[same, _PLANES]
+        return np.where(same, other[:, _PLANES], 0)
 
     def valid(self) -> bool:
         """Whether all weights are where they were: `Tensor.share_memory_`, for one, moves them."""

@@ -103,7 +103,7 @@ class Offers:
         blocks: Mapping[int, int | None] | None = None,
         corrected: float = 0.0,
     ) -> None:
-        self._by_rule = _BY_RULE * (_CORRECTED / _BY_RULE) ** corrected
+        self._by_rule: float = _BY_RULE * (_CORRECTED / _BY_RULE) ** corrected
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: direct_choices(n, seen, gain) for n, seen in self._there.items()}

@@ -71,7 +71,7 @@ class Writer:
                     for forms in (soon, late):
                         if forms:
                             jobs = (job for form in forms for job in form.jobs(live))
-                            moved += sum(self._pool.each(_run, jobs))
+                            moved += sum(self._pool.together(_run, jobs))
                     _copy(code)
                 else:
                     moved = self._launch(code)
