@@ -106,6 +106,8 @@ class Planes:
             )  # fmt: skip
             row[_PLANES : _PLANES + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
         self._rows = rows
+        self._addresses = [part[-1].data_ptr for part in parts]
+        self._outs: list[int] = rows[:, _OUT].tolist()
         self._since: WeakKeyDictionary[Planes, npt.NDArray[np.int64]] = WeakKeyDictionary()
         self._past = sum(part[-1].nbytes for part in parts) >= _PAST
         base, _, vector, _, out = parts[0]
@@ -147,8 +149,7 @@ class Planes:
 
     def valid(self) -> bool:
         """Whether all weights are where they were: `Tensor.share_memory_`, for one, moves them."""
-        outs = np.fromiter((part[-1].data_ptr() for part in self._held), np.int64)
-        return bool((outs == self._rows[:, _OUT]).all())
+        return self._outs == [address() for address in self._addresses]
 
     def run(self, low: int, high: int) -> int:
         """Write parts low .. high - 1; gives how many weights were left alone, see `since`."""

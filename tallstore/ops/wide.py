@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LINE", "WIDTH", "write"]
+__all__ = ["LINE", "WIDTH", "fetch", "write"]
 
 #: Weights a step: those of 32 bits of a plane.
 WIDTH: Final = 32
@@ -66,6 +66,22 @@ def write(
 
     given = (base, vector, types.uint32, types.float32, types.float32, out)
     return types.void(*given, base_like, vector_like, out_like, types.uint16), generate
+
+
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """Have a line of memory on its way into the nearest cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        call = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        # To be read, often, as data.
+        how = [ir.Constant(number, value) for value in (0, 3, 1)]
+        builder.call(call, [builder.inttoptr(arguments[0], pointer), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 def _load(builder: Any, address: Any, like: Any) -> Any:

@@ -55,7 +55,8 @@ class Spots:
                         self._spots[name] = _Spot(held, leaf, owner)
         else:
             self._spots = {name: _Spot(home, name, None) for name in tensors}
-        self._watched: list[tuple[str, Any, str]] = []
+        self._watched: list[str] = []
+        self._checks: list[tuple[Any, str, torch.Tensor, Any]] = []
         self._ways: list[_Link] = []
         self.watch(tensors)
 
@@ -70,33 +71,51 @@ class Spots:
 
     def watch(self, names: Collection[str]) -> None:
         """Look at these from now on, and at no others: what is not written may be anywhere."""
-        self._watched = [
-            (name, spot.held, spot.leaf) for name, spot in self._spots.items() if name in names
-        ]
+        self._watched = [n for n in self._spots if n in names]
+        self._checks = [self._check(name) for name in self._watched]
         paths = {path for name in names for path in _above(name)}
         self._ways = [link for link in self._links if link[3] in paths]
 
+    def _check(self, name: str) -> tuple[Any, str, torch.Tensor, Any]:
+        spot = self._spots[name]
+        return spot.held.get, spot.leaf, self._tensors[name], self._bound[name].is_set_to
+
     def gone(self) -> list[str]:
         """Names of those that are not where they were, in microseconds."""
-        tensors, bound = self._tensors, self._bound
-        lost = [
+        try:
+            # A tensor without elements is never set to another, and looked at more closely below.
+            there = all(
+                [get(leaf) is one and same(one) for get, leaf, one, same in self._checks]
+            ) and all([held.get(key) is module for held, key, module, _ in self._ways])
+        except (RuntimeError, TypeError):
+            there = False  # of another device or dtype
+        return [] if there else self._lost()
+
+    def _lost(self) -> list[str]:
+        tensors, bound, spots = self._tensors, self._bound, self._spots
+        lost = {
             name
-            for name, held, leaf in self._watched
-            if held.get(leaf) is not tensors[name] or _moved(tensors[name], bound[name])
-        ]
+            for name in self._watched
+            if spots[name].held.get(spots[name].leaf) is not tensors[name]
+            or _moved(tensors[name], bound[name])
+        }
         for held, key, module, path in self._ways:
             if held.get(key) is not module:
-                lost += [n for n, _, _ in self._watched if n.startswith(f"{path}.")]
-        return sorted(set(lost))
+                lost |= {name for name in self._watched if name.startswith(f"{path}.")}
+        return sorted(lost)
 
     def put(self, name: str, tensor: torch.Tensor) -> torch.nn.Module | None:
         """Put a tensor in; gives the module that has it now and did not before."""
         spot = self._spots.get(name)
         if spot is None or spot.owner is None:
             return None
+        if spot.held.get(spot.leaf) is tensor and self._tensors[name] is tensor:
+            return None
         new = spot.held.get(spot.leaf) is not tensor
         spot.held[spot.leaf] = tensor
         self._tensors[name], self._bound[name] = tensor, tensor.detach()
+        if name in self._watched:
+            self._checks[self._watched.index(name)] = self._check(name)
         return spot.owner if new else None
 
     def knows(self, name: str) -> bool:

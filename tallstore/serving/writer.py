@@ -132,9 +132,12 @@ def _copy(code: TaskCode) -> None:
 
 def _tell_autograd(written: Iterable[torch.Tensor]) -> None:
     """Let graphs that hold on to these weights fail: their gradients would be wrong."""
-    # One at a time, as every torch takes them.
-    for tensor in written:
-        increment_version(tensor)
+    tensors = list(written)
+    try:
+        increment_version(tensors)
+    except (RuntimeError, TypeError):  # as older ones of torch take them
+        for tensor in tensors:
+            increment_version(tensor)
 
 
 def _raise_partly(exc: BaseException) -> NoReturn:
