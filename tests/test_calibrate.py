@@ -88,14 +88,15 @@ def test_means_become_those_of_the_original() -> None:
     calls = [IMAGES, IMAGES]
     found = Calibration("one", lambda _: (Net(), calls), TASKS["one"])
     assert found.names == tuple(f"{name}.bias" for name in LAYERS)
-    corrected = found.corrected(coded, found.names)
+    corrected, far_off = found.corrected(coded, found.names)
     assert set(corrected) == set(found.names)
     means = outputs({**coded, **corrected})
     for name, wanted in outputs(TASKS["one"]).items():
         torch.testing.assert_close(means[name], wanted, rtol=1e-4, atol=1e-5)
     # Of some alone, the others being what they are.
-    some = found.corrected(coded, ["up.bias"])
-    assert list(some) == ["up.bias"]
+    some, farther = found.corrected(coded, ["up.bias"])
+    assert list(some) == ["up.bias"] and 0 < far_off < farther
+    assert found.corrected(TASKS["one"], found.names)[1] < 1e-6
     means = outputs({**coded, **some})
     torch.testing.assert_close(means["up"], outputs(TASKS["one"])["up"], rtol=1e-4, atol=1e-5)
 
@@ -160,8 +161,8 @@ def test_exact_where_a_correction_is_the_base(
     if not moved:
         task["up.bias"] = BASE["up.bias"].clone()
 
-    def back(self: Calibration, coded: State, names: Any) -> State:
-        return {"up.bias": BASE["up.bias"] if moved else BASE["up.bias"] + 1}
+    def back(self: Calibration, coded: State, names: Any) -> tuple[State, float]:
+        return {"up.bias": BASE["up.bias"] if moved else BASE["up.bias"] + 1}, 0.0
 
     monkeypatch.setattr(Calibration, "corrected", back)
     for exact in (True, False):

@@ -14,8 +14,8 @@ whole. Of what a code leaves, less counts:
 - rounding to multiples of a step: as noise while the steps are small, which is as good as random,
   and steeply more as they grow;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
-  50 times (the inputs, if those are fewer) as much as noise. Where all biases are corrected, which
-  takes back most of what adds up, it counts 15 times; and in between where some are.
+  50 times (the inputs, if those are fewer) as much as noise. Corrected biases take back most of what
+  adds up: where there are inputs to see it by, it counts as little as serves them best.
 
 Every error counts relative to the squared norm of the tensor's own weights in the base, which is
 how loud the noise is beside what the layer says, however large the layer is. The first layers count
@@ -45,13 +45,12 @@ from tallstore.packing.choices import Choice, direct_choices, seeded_choices
 from tallstore.packing.drafting import moving
 from tallstore.packing.drafts import Draft
 
-__all__ = ["Allotment", "Offers", "block"]
+__all__ = ["BY_RULE", "Allotment", "Offers", "block"]
 
 #: Noise counts d^2 * _NOISE / (1 + d^2 * _NOISE / _LOUDEST) at a relative distance of d.
 _NOISE: Final = 1.5
 _LOUDEST: Final = 0.015
-_BY_RULE: Final = 50
-_CORRECTED: Final = 15
+BY_RULE: Final = 50.0
 #: Rounding counts 1 + _ROUNDING * e^4 times as much as noise where it leaves an error of e.
 _ROUNDING: Final = 600
 #: How fast blocks come to count less.
@@ -89,9 +88,8 @@ class Offers:
         Inputs of a row of each tensor, by segment; 1 where it is not there.
     blocks
         The block of each tensor that is in one, by segment; see `block`.
-    corrected
-        Share of the biases that take back what errors add up to; see
-        `tallstore.packing.calibrating`.
+    by_rule
+        How much more than noise counts what a rule leaves out.
     """
 
     def __init__(
@@ -101,9 +99,9 @@ class Offers:
         *,
         fans: Mapping[int, int] | None = None,
         blocks: Mapping[int, int | None] | None = None,
-        corrected: float = 0.0,
+        by_rule: float = BY_RULE,
     ) -> None:
-        self._by_rule: float = _BY_RULE * (_CORRECTED / _BY_RULE) ** corrected
+        self._by_rule = by_rule
         self._there = {n: seen for n, seen in moving(found).items() if seen.moved > 0}
         self._fans = {n: (fans or {}).get(n, 1) for n in self._there}
         self._direct = {n: direct_choices(n, seen, gain) for n, seen in self._there.items()}

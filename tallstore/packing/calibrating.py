@@ -9,8 +9,9 @@ it (bias correction: Nagel et al., arXiv 1906.04721, section 4.2).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -60,7 +61,7 @@ class Calibration:
             self._means[name].append(_mean(output, axis))
 
         with self._hooked(self._found, keep):
-            self._run(original, "the original")
+            self._wanted = self._run(original, "the original")
         if not all(bool(mean.isfinite().all()) for means in self._means.values() for mean in means):
             raise self._refused("the original weights give numbers that are not finite")
 
@@ -69,7 +70,7 @@ class Calibration:
         """The biases that were added to an output, as a state dict names them."""
         return tuple(f"{name}.bias".removeprefix(".") for name in self._means)
 
-    def corrected(self, coded: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    def corrected(self, coded: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], float]:
         """The biases with which coded weights give the means of the original, front to back.
 
         Parameters
@@ -83,6 +84,9 @@ class Calibration:
         -------
         dict
             Biases by name, float32.
+        float
+            How far what the module gives with them is from what the original gives: the squared
+            norm of the difference.
 
         Raises
         ------
@@ -104,14 +108,14 @@ class Calibration:
 
         some = {n: a for n, a in self._found.items() if f"{n}.bias".removeprefix(".") in wanted}
         with self._hooked(some, shift):
-            self._run(coded, "the codes")
+            given = self._run(coded, "the codes")
         found = {}
         for name, by in shifts.items():
             key = f"{name}.bias".removeprefix(".")
             found[key] = coded[key].detach().float() + torch.stack(by).mean(0).to(coded[key].device)
             if not bool(found[key].isfinite().all()):
                 raise self._refused(f"the codes give numbers that are not finite, at {name!r}")
-        return found
+        return found, _distance(given, self._wanted)
 
     def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
         try:
@@ -128,8 +132,8 @@ class Calibration:
             )
         return module, given
 
-    def _run(self, state: Any, what: str) -> None:
-        """The module, as `state` has it, on every batch."""
+    def _run(self, state: Any, what: str) -> list[Tensor]:
+        """What the module, as `state` has it, gives for every batch."""
         module, training = self._module, self._module.training
         try:
             missing = module.load_state_dict(state, strict=False).missing_keys
@@ -137,8 +141,7 @@ class Calibration:
                 raise self._refused(f"the task has no {missing[0]!r}, which the module has")
             module.eval()
             with torch.no_grad():
-                for batch in self._batches:
-                    _call(module, batch)
+                return [t for batch in self._batches for t in _tensors(_call(module, batch))]
         except TallstoreError:
             raise
         except Exception as exc:
@@ -169,13 +172,30 @@ class Calibration:
         return OptionError(f"calibrate({self._task!r}): {why}")
 
 
-def _call(module: nn.Module, batch: Any) -> None:
+def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        module(**batch)
-    elif isinstance(batch, (tuple, list)):
-        module(*batch)
-    else:
-        module(batch)
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The numbers that a module gives, in whatever they are."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output.detach().float()
+    elif isinstance(output, Mapping):
+        yield from (found for part in output.values() for found in _tensors(part))
+    elif isinstance(output, (tuple, list)):
+        yield from (found for part in output for found in _tensors(part))
+
+
+def _distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Infinite where they are not of the same shapes, or no numbers."""
+    if [one.shape for one in given] != [other.shape for other in wanted]:
+        return math.inf
+    parts = zip(given, wanted, strict=True)
+    found = sum(float((one - other).square().sum()) for one, other in parts)
+    return found if math.isfinite(found) else math.inf
 
 
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:

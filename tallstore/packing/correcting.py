@@ -55,11 +55,6 @@ class Correction:
             if spec.name in there and (place := _place(candidate, spec)) is not None
         }
 
-    @property
-    def count(self) -> int:
-        """Biases that can be corrected."""
-        return len(self._biases)
-
     def within(self, budget: float | None) -> dict[int, float]:
         """The base's segments to correct, and the bits that each takes: the smallest first.
 
@@ -83,13 +78,20 @@ class Correction:
             found[place] = bits
         return found
 
-    def applied(self, target: Target, segments: Mapping[int, float]) -> Candidate:
-        """The checkpoint with the biases that a target's codes need.
+    def applied(self, target: Target, segments: Mapping[int, float]) -> tuple[Candidate, float]:
+        """The checkpoint with the biases that a target's codes need, and what they leave.
 
         Parameters
         ----------
         segments
             What `within` gave.
+
+        Returns
+        -------
+        Candidate
+            Whose codes are to be kept.
+        float
+            See `Calibration.corrected`.
 
         Raises
         ------
@@ -97,10 +99,10 @@ class Correction:
             See `Calibration.corrected`.
         """
         names = {self._biases[place][0]: self._biases[place][1] for place in segments}
-        values = self._calibration.corrected(self._load(target), names)
+        values, distance = self._calibration.corrected(self._load(target), names)
         own = self._candidate.source.segments
         changed = {names[n]: _bytes(value, own[names[n]].dtype) for n, value in values.items()}
-        return replace(self._candidate, changed=changed)
+        return replace(self._candidate, changed=changed), distance
 
 
 def _place(candidate: Candidate, spec: TensorSpec) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
@@ -18,7 +18,7 @@ from tallstore.engine.snapshot import Snapshot
 from tallstore.errors import OptionError
 from tallstore.fitting import Magnitudes
 from tallstore.mergestream.feed import shapes
-from tallstore.packing.allotting import Allotment, Offers, block
+from tallstore.packing.allotting import BY_RULE, Allotment, Offers, block
 from tallstore.packing.calibrating import Calibrate, Calibration
 from tallstore.packing.choices import dense_choice
 from tallstore.packing.codeoptions import CodeOptions
@@ -38,6 +38,10 @@ __all__ = ["DEFAULT_BITS", "Planner", "Trial"]
 DEFAULT_BITS: Final = 0.15
 #: Bits a weight that ``keep`` tries, in order.
 _LADDER: Final = (0.03, 0.06, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4)
+
+
+#: What counts how much more than noise, to choose from by what a calibrated module gives.
+_BY_RULE: Final = (BY_RULE, 25.0, 12.0, 6.0)
 
 
 class Trial(Protocol):
@@ -166,18 +170,30 @@ class Planner:
         if correction is None:
             return self._target(candidate, self._drafts(candidate, found, options), options, exact)
         weights = sum(seen.weights for seen in found.values())
-        biases = correction.within(_budget(options, weights))
+        budget = _budget(options, weights)
+        biases = correction.within(budget)
         others = {n: seen for n, seen in found.items() if n not in biases}
-        drafts = self._drafts(
-            candidate,
-            others,
-            options,
-            taken=sum(biases.values()),
-            corrected=len(biases) / correction.count if biases else 0.0,
+        taken = sum(biases.values())
+        best: tuple[float, Target, Candidate] | None = None
+        for by_rule in (BY_RULE,) if budget is None else _BY_RULE:
+            drafts = self._drafts(candidate, others, options, taken=taken, by_rule=by_rule)
+            target = self._target(candidate, drafts, options, exact)
+            coded, distance = correction.applied(replace(target, exact=False), biases)
+            if best is None or distance < best[0]:
+                best = distance, target, coded
+        if best is None:
+            raise RuntimeError("there is always one way")
+        _, target, coded = best
+        return replace(
+            target,
+            coded=coded,
+            drafts={**(target.drafts or {}), **self._bias_drafts(coded, biases)},
+            parameters={**options.record(), "corrected": len(biases)},
         )
-        target = self._target(candidate, drafts, options, False)
-        coded = correction.applied(target, biases)
-        moved = survey_candidate(
+
+    def _bias_drafts(self, coded: Candidate, biases: Collection[int]) -> Mapping[int, Draft]:
+        """All of them, a few bits each; where they are among codes that a hash places, too."""
+        found = survey_candidate(
             coded,
             self._read,
             shared=False,
@@ -185,14 +201,8 @@ class Planner:
             workers=self._workers,
             progress=lambda _: None,
         )
-        made = (seeded_draft(n, seen, BIAS_BITS, 1) for n, seen in moving(moved).items())
-        return replace(
-            target,
-            coded=coded,
-            drafts={**drafts, **{draft.segment: draft for draft in made if draft is not None}},
-            exact=exact,
-            parameters={**options.record(), "corrected": len(biases)},
-        )
+        made = {n: seeded_draft(n, seen, BIAS_BITS, 1) for n, seen in moving(found).items()}
+        return {n: draft for n, draft in made.items() if draft is not None}
 
     def relative_error(self, target: Target, found: Mapping[int, Magnitudes]) -> float:
         """What dense codes are going to err by, relative to the task vector."""
@@ -250,9 +260,9 @@ class Planner:
         )
         return replace(target, exact=True, score=whole), [note]
 
-    def _offers(self, found: Mapping[int, Magnitudes], *, corrected: float = 0.0) -> Offers:
+    def _offers(self, found: Mapping[int, Magnitudes], *, by_rule: float = BY_RULE) -> Offers:
         gain = self._options.gain
-        return Offers(found, gain, fans=self._fans, blocks=self._blocks, corrected=corrected)
+        return Offers(found, gain, fans=self._fans, blocks=self._blocks, by_rule=by_rule)
 
     def _stage(self, name: str, candidate: Candidate) -> Progress:
         return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
@@ -274,7 +284,7 @@ class Planner:
         options: CodeOptions,
         *,
         taken: float = 0.0,
-        corrected: float = 0.0,
+        by_rule: float = BY_RULE,
     ) -> Mapping[int, Draft]:
         """How segments are going to be coded.
 
@@ -282,15 +292,15 @@ class Planner:
         ----------
         taken
             Bits of a budget that are spent already.
-        corrected
-            Share of the biases that are corrected.
+        by_rule
+            See `Offers`.
         """
         if options.code != "auto":
             return fixed_drafts(options, found, partial(self._values, candidate))
         if options.max_error is not None:
             return _within_error(candidate.name, self._offers(found), options.max_error)
         bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
-        offers = self._offers(found, corrected=corrected)
+        offers = self._offers(found, by_rule=by_rule)
         bought = offers.within(bits, taken=taken)
         nothing = bought.drafts and all(draft.left for draft in bought.drafts.values())
         if nothing and options.keep is None:
