@@ -35,6 +35,7 @@ from bench.zoos.cache import (
     threads,
     write_notes,
 )
+from bench.zoos.heads import under_head
 from bench.zoos.packages import fetch
 from bench.zoos.training import fit, row_batches, trained
 
@@ -208,21 +209,14 @@ def evaluate(
     return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
-class _Encoder(Classifier):
-    """What all tasks have: no head."""
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.embed(ids, mask)
-
-
 def calibration(
     task: str, *, cache: Path | None = None, count: int = 64
 ) -> tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]:
-    """Give an encoder to calibrate with, and a task's first training texts, without labels."""
+    """Give an encoder under the task's head, and its first training texts, without labels."""
     root = root_of(cache)
-    config = json.loads((base_model(root) / "config.json").read_text())
+    head = load_file(root / "zoo-minilm" / task / "model.safetensors")
     ids, mask, _ = _tokenized(task, _task(task, root).train, root, count).batch(range(count))
-    return _Encoder(BertConfig.from_json(config), 0), [(ids, mask)]
+    return under_head(_model(0, root), head), [(ids, mask)]
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

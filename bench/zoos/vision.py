@@ -34,6 +34,7 @@ from bench.zoos.cache import (
     write_notes,
 )
 from bench.zoos.efficientnet import Classifier, normalize
+from bench.zoos.heads import under_head
 from bench.zoos.packages import fetch
 from bench.zoos.parallel import in_processes
 from bench.zoos.training import fit, row_batches, trained
@@ -145,19 +146,15 @@ def evaluate(
     return int((found.argmax(1) == labels).sum()) / len(labels)
 
 
-class _Encoder(Classifier):
-    """What all tasks have: no head."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.embed(images)
-
-
 def calibration(
     task: str, *, cache: Path | None = None, count: int = 128
 ) -> tuple[torch.nn.Module, list[Tensor]]:
-    """Give an encoder to calibrate with, and a task's first training images, without labels."""
-    data = _task(task, root_of(cache)).train
-    return _Encoder(0).to(memory_format=torch.channels_last), [_pixels(data, slice(0, count))]  # type: ignore[call-overload]
+    """Give an encoder under the task's head, and its first training images, without labels."""
+    root = root_of(cache)
+    encoder = Classifier(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head = load_file(root / "zoo-vision" / task / "model.safetensors")
+    batch = _pixels(_task(task, root).train, slice(0, count))
+    return under_head(encoder, head), [batch]
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

@@ -85,8 +85,8 @@ class Calibration:
         dict
             Biases by name, float32.
         float
-            How far what the module gives with them is from what the original gives: the squared
-            norm of the difference.
+            How far what the module gives with them is from what the original gives: the KL
+            divergence, if that is logits.
 
         Raises
         ------
@@ -193,9 +193,18 @@ def _distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Infinite where they are not of the same shapes, or no numbers."""
     if [one.shape for one in given] != [other.shape for other in wanted]:
         return math.inf
-    parts = zip(given, wanted, strict=True)
-    found = sum(float((one - other).square().sum()) for one, other in parts)
+    found = sum(map(_divergence, given, wanted))
     return found if math.isfinite(found) else math.inf
+
+
+def _divergence(given: Tensor, wanted: Tensor) -> float:
+    """KL(wanted || given) of logits on the last axis; of single numbers the squared distance."""
+    if not wanted.dim() or wanted.shape[-1] < 2:
+        return float((given - wanted).square().sum())
+    one, other = wanted.log_softmax(-1), given.log_softmax(-1)
+    # What is impossible to both takes no part.
+    parts = torch.where(one.isneginf(), 0.0, one.exp() * (one - other))
+    return float(parts.sum())
 
 
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:
