@@ -34,12 +34,13 @@ class Workers:
             for item in items:
                 pending.append(self._pool.submit(work, item))
                 if len(pending) > 2 * self.count:
+                    pending[0].result()  # it is among them until it has ended
                     yield pending.pop(0).result()
             while pending:
+                pending[0].result()
                 yield pending.pop(0).result()
         finally:
-            # What is under way still reads and writes: nobody may go on before it has ended.
-            wait([future for future in pending if not future.cancel()])
+            _end(pending, lambda _: None)
 
     def together(self, work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         """``work(item)`` for each item, results as they come; the calling thread works too.
@@ -66,11 +67,28 @@ class Workers:
 
         others = [self._pool.submit(go_on) for _ in range(self.count - 1)]
         go_on()
-        # What is under way still reads and writes: nobody may go on before it has ended.
-        wait([other for other in others if not other.cancel()])
+        _end(others, failed.append)
         if failed:
             raise failed[0]
         return found
+
+
+def _end(futures: Iterable[Future[_R]], tell: Callable[[BaseException], None]) -> None:
+    """Cancel what has not begun, and wait for the rest, whatever the wait is interrupted by.
+
+    What is under way still reads and writes: nobody may go on before it has ended, not by Ctrl-C.
+    """
+    left = [future for future in futures if not future.cancel()]
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            wait(left)
+            break
+        except BaseException as exc:
+            interrupted = exc
+            tell(exc)
+    if interrupted is not None:
+        raise interrupted
 
 
 class _NoMore:

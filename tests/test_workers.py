@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -107,3 +108,38 @@ def test_together_the_first_failure_is_told_at_the_end(kind: type[BaseException]
 
         with pytest.raises(kind, match="while listing"):
             pool.together(lambda n: n, items())
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such signals")
+@pytest.mark.parametrize("how", ["each", "together"])
+def test_an_interrupted_wait_goes_on(how: str) -> None:
+    """Who was interrupted may write what is still being written."""
+    under_way: list[int] = []
+
+    def work(number: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.01)
+            return
+        under_way.append(number)
+        time.sleep(0.5)
+        under_way.remove(number)
+
+    class Rung(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise Rung
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with workers(2) as pool:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(Rung):
+                if how == "each":
+                    list(pool.each(work, range(6)))
+                else:
+                    pool.together(work, range(6))
+            assert not under_way
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
