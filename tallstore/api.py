@@ -247,12 +247,12 @@ def pack(
         with the weights just as they will load, for each lambda. Ties go to the smallest.
     calibrate
         ``calibrate(task) -> (module, batches)``: a module of the task's shape, whose weights are
-        overwritten, and a few inputs for it, without labels: tensors, tuples or dicts of
-        arguments. Biases are then coded as they have to be for the coded weights to give, on
+        others while this runs, and a few inputs for it, without labels: tensors, tuples or dicts
+        of arguments. Biases are then coded as they have to be for the coded weights to give, on
         average over these inputs, what the original ones give, channel by channel (arXiv
         1906.04721); and ``"auto"`` tries several ways to spend a budget, and takes the one after
-        which the module's outputs, taken for logits, diverge least. That takes a task's size of
-        memory. Not for codes over a shared vector.
+        which the module's outputs, taken for logits, diverge least. That takes twice a task's size
+        of memory. Not for codes over a shared vector.
     vector_dtype
         ``"bfloat16"``, ``"float16"`` or ``"float32"``. Masks are made for the rounded vector.
     exact

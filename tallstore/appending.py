@@ -129,8 +129,9 @@ def append_tasks(
 
 def options_like(catalog: Catalog) -> CodeOptions | None:
     """The options of a store's tasks, where they are coded alike and are appended to."""
+    # How many biases were corrected says nothing of how others are coded.
     found = [
-        (record.code, record.parameters or {})
+        (record.code, {n: v for n, v in (record.parameters or {}).items() if n != "corrected"})
         for record in catalog.tasks.values()
         if record.code != "none"
     ]

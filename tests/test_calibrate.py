@@ -103,12 +103,79 @@ def test_means_become_those_of_the_original() -> None:
 
 def test_the_module_is_left_as_it_was() -> None:
     net = Net().train()
+    net.up.eval()
+    before = {name: bits(tensor) for name, tensor in net.state_dict().items()}
     Calibration("one", lambda _: (net, [IMAGES]), TASKS["one"]).corrected(TASKS["two"], ["up.bias"])
     assert net.training and net.bn.training
     assert not any(module._forward_hooks for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not net.up.training
     # Statistics of batch norm were not counted on.
-    assert bits(net.bn.running_mean) == bits(TASKS["two"]["bn.running_mean"])
+    assert {name: bits(tensor) for name, tensor in net.state_dict().items()} == before
+
+
+def test_the_module_may_be_what_is_packed(tmp_path: Path) -> None:
+    """Its weights are a task's, or the base's and of tasks where those did not move."""
+    nets = {}
+    for task, state in TASKS.items():
+        nets[task] = Net()
+        nets[task].load_state_dict(state)
+    base = Net()
+    base.load_state_dict(BASE)
+    own = base.state_dict()
+    zoos: list[tuple[Any, dict[str, Any], Any]] = [
+        (BASE, {**nets}, lambda task: (nets[task], [IMAGES])),
+        (
+            own,
+            {
+                "one": {**own, "up.weight": TASKS["one"]["up.weight"]},
+                "two": {**own, "down.weight": TASKS["two"]["down.weight"]},
+            },
+            lambda _: (base, [IMAGES]),
+        ),
+    ]
+    for number, (start, tasks, function) in enumerate(zoos):
+        wanted = {
+            task: {name: bits(t) for name, t in (
+                what.state_dict() if isinstance(what, nn.Module) else what
+            ).items()}
+            for task, what in tasks.items()
+        }  # fmt: skip
+        path = tmp_path / f"{number}.tall"
+        tallstore.pack(path, start, tasks, code="signs", exact=True, calibrate=function)
+        for task, raw in wanted.items():
+            found = tallstore.load(path, task=task)
+            assert {name: bits(tensor) for name, tensor in found.items()} == raw
+
+
+def test_tied_weights_may_be_there_once(tmp_path: Path) -> None:
+    """As safetensors has them."""
+
+    def net() -> nn.Module:
+        made = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        made[2].weight = made[0].weight
+        return made
+
+    base = {name: t.clone() for name, t in net().state_dict().items() if name != "2.weight"}
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(
+        path,
+        base,
+        {"one": made(1, base)},
+        code="signs",
+        calibrate=lambda _: (net(), [torch.rand(4, 8)]),
+    )
+    parameters = tallstore.open(path).tasks["one"].parameters
+    assert parameters is not None and parameters["corrected"] == 2
+
+
+def test_newcomers_are_coded_as_the_calibrated(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, BASE, TASKS, code="signs", calibrate=calibrate)
+    for name in ("three", "four"):
+        tallstore.add(path, {name: made(4, BASE)})
+    with tallstore.open(path) as store:
+        assert {record.code for record in store.tasks.values()} == {"signs"}
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,10 @@ class Calibration:
     Parameters
     ----------
     calibrate
-        The caller's: gives a module of the task's shape, whose weights are overwritten, and what
-        it is called with, a batch after the other: a tensor, a tuple of arguments, or a mapping of
-        them by name.
+        The caller's: gives a module of the task's shape, and what it is called with, a batch after
+        the other: a tensor, a tuple of arguments, or a mapping of them by name. The module's
+        weights are others while it is called, and what they were afterwards: they may be those of
+        a checkpoint that is being packed.
     original
         The task's weights, as a state dict.
 
@@ -134,9 +135,13 @@ class Calibration:
 
     def _run(self, state: Any, what: str) -> list[Tensor]:
         """What the module, as `state` has it, gives for every batch."""
-        module, training = self._module, self._module.training
+        module = self._module
+        modes = [(part, part.training) for part in module.modules()]
+        # None can be written to that was made in inference mode.
+        there = [t for t in (*module.parameters(), *module.buffers()) if not t.is_inference()]
+        kept = [tensor.detach().clone() for tensor in there]
         try:
-            missing = module.load_state_dict(state, strict=False).missing_keys
+            missing = _missing(module, module.load_state_dict(state, strict=False).missing_keys)
             if missing:
                 raise self._refused(f"the task has no {missing[0]!r}, which the module has")
             module.eval()
@@ -147,7 +152,12 @@ class Calibration:
         except Exception as exc:
             raise self._refused(f"the module failed with {what}: {exc}") from exc
         finally:
-            module.train(training)
+            with torch.no_grad():
+                for tensor, was in zip(there, kept, strict=True):
+                    tensor.copy_(was)
+            module.train(modes[0][1])
+            for part, training in modes:
+                part.training = training
 
     @contextmanager
     def _hooked(
@@ -172,6 +182,17 @@ class Calibration:
         return OptionError(f"calibrate({self._task!r}): {why}")
 
 
+def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the names that were not loaded those that are no others' too: weights may be tied."""
+    found: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    lost = set(names)
+    loaded = {id(tensor) for name, tensor in found.items() if name not in lost}
+    return [name for name in names if name not in found or id(found[name]) not in loaded]
+
+
 def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return module(**batch)
@@ -182,7 +203,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The numbers that a module gives, in whatever they are."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output.detach().float()
+            yield output.detach().float().clone()
     elif isinstance(output, Mapping):
         yield from (found for part in output.values() for found in _tensors(part))
     elif isinstance(output, (tuple, list)):
