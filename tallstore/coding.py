@@ -76,6 +76,9 @@ class CodeStats:
     """Inner product of the coded task vector with the task vector; not summed for masks."""
     norm: float = 0.0
     """Squared norm of the coded task vector; not summed for masks."""
+    own_moved: float = 0.0
+    own_projection: float = 0.0
+    """`moved` and `projection` of the checkpoint itself, where its codes are of other weights."""
     same: bool = True
     """Whether every weight equals the base's, bit for bit."""
     finite: bool = True
@@ -89,6 +92,8 @@ class CodeStats:
         self.error += other.error
         self.projection += other.projection
         self.norm += other.norm
+        self.own_moved += other.own_moved
+        self.own_projection += other.own_projection
         self.same &= other.same
         self.finite &= other.finite
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import bits
 
 import tallstore
-from tallstore.errors import OptionError
+from tallstore.errors import MismatchError, OptionError
 from tallstore.packing.calibrating import Calibration
 
 State = dict[str, Tensor]
@@ -182,7 +182,6 @@ def test_newcomers_are_coded_as_the_calibrated(tmp_path: Path) -> None:
     "options",
     [
         {"code": "auto", "bits_per_weight": 2.0},
-        {"code": "auto", "max_error": 0.5},
         {"code": "signs", "density": 0.1},
         {"code": "seeded", "density": 0.2},
         {"code": "levels", "bits": 1},
@@ -240,6 +239,8 @@ def test_exact_where_a_correction_is_the_base(
             assert all(bits(found[name]) == bits(tensor) for name, tensor in task.items())
             found = tallstore.load(path, task="one", fidelity="codes")
         wanted = BASE["up.bias"] if moved else BASE["up.bias"] + 1
+        if moved and not exact:
+            wanted = task["up.bias"]  # or its part would say that it is the base's
         torch.testing.assert_close(found["up.bias"], wanted)
 
 
@@ -320,3 +321,59 @@ def test_what_is_refused(tmp_path: Path, function: Any, said: str) -> None:
 def test_not_over_a_shared_vector(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"shared vector.*over='none'"):
         tallstore.pack(tmp_path / "zoo.tall", BASE, TASKS, calibrate=calibrate, **options)
+
+
+def test_max_error_is_no_budget_for_it(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"max_error=0\.5: .*bits_per_weight"):
+        tallstore.pack(
+            tmp_path / "zoo.tall", BASE, TASKS, code="auto", max_error=0.5, calibrate=calibrate
+        )
+
+
+@pytest.mark.parametrize("code", ["auto", "signs"])
+def test_what_is_told_is_told_of_the_original(tmp_path: Path, code: str) -> None:
+    """Errors are from the original, and the original is known by its distance from the base."""
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, BASE, TASKS, code=code, exact=True, calibrate=calibrate)
+    with tallstore.open(path) as store:
+        coded = store.load("one", fidelity="codes")
+        found = store.segment_stats("one")
+        for name in ("up.bias", "up.weight"):
+            stats, moved = found[name], TASKS["one"][name] - BASE[name]
+            off = coded[name] - TASKS["one"][name]
+            assert stats.moved == pytest.approx(float(moved.norm()), rel=1e-4)
+            assert stats.relative_error == pytest.approx(float(off.norm() / moved.norm()), rel=1e-2)
+    tallstore.strip(path)
+    wrong = {**TASKS["one"], "up.weight": TASKS["one"]["up.weight"] * 1.01}
+    with pytest.raises(MismatchError):
+        tallstore.add(path, {"one": wrong}, exact=True)
+    tallstore.add(path, TASKS, exact=True)
+    for task, state in TASKS.items():
+        found_again = tallstore.load(path, task=task)
+        assert all(bits(found_again[name]) == bits(tensor) for name, tensor in state.items())
+
+
+def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.bias = self.a.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.c(self.b(self.a(x).relu()).relu())
+            return result
+
+    torch.manual_seed(0)
+    base = Tied()
+    task = Tied()
+    task.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(
+        path, base, {"one": task}, code="signs", calibrate=lambda _: (Tied(), [torch.rand(32, 8)])
+    )
+    with tallstore.open(path) as store:
+        assert (store.tasks["one"].parameters or {})["corrected"] == 1

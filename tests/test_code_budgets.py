@@ -250,3 +250,17 @@ def test_a_score_that_is_infinite_is_not_recorded(tmp_path: Path) -> None:
     tallstore.pack(tmp_path / "x", base, tasks, code="signs", evaluate=lambda *_: math.inf)
     with tallstore.open(tmp_path / "x") as store:
         assert store.tasks["x"].score is None
+
+
+def test_a_score_to_keep_beside_the_exact_tier(tmp_path: Path) -> None:
+    """What was asked to be exact is, however few bits its codes take."""
+    base = {"w": torch.randn(512, 64)}
+    task = {"w": base["w"] + 0.01 * torch.randn(512, 64)}
+    path = tmp_path / "zoo.tall"
+    given = {"code": "auto", "keep": 0.5, "evaluate": lambda *_: 1.0}
+    tallstore.pack(path, base, {"x": task}, exact=True, **given)
+    for _ in range(2):
+        with tallstore.open(path) as store:
+            assert store.tasks["x"].exact and store.tasks["x"].coded
+        assert torch.equal(tallstore.load(path, task="x")["w"], task["w"])
+        tallstore.repack(path, **given)  # as it is

@@ -14,8 +14,8 @@ whole. Of what a code leaves, less counts:
 - rounding to multiples of a step: as noise while the steps are small, which is as good as random,
   and steeply more as they grow;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
-  50 times (the inputs, if those are fewer) as much as noise. Corrected biases take back most of what
-  adds up: where there are inputs to see it by, it counts as little as serves them best.
+  50 times (the inputs, if those are fewer) as much as noise. Corrected biases take back most of
+  what adds up: where there are inputs to see it by, it counts as little as serves them best.
 
 Every error counts relative to the squared norm of the tensor's own weights in the base, which is
 how loud the noise is beside what the layer says, however large the layer is. The first layers count

@@ -109,6 +109,11 @@ def code_options(*, evaluate: bool = False, calibrate: bool = False, **given: An
             f"calibrate: code={code!r} is over a shared vector, and corrected biases are not "
             "multiples of it; code='auto', 'signs', 'seeded' and 'levels' with over='none' take it"
         )
+    if calibrate and found.max_error is not None:
+        raise OptionError(
+            f"max_error={found.max_error}: with calibrate biases err on purpose, for the other "
+            "weights; give bits_per_weight or keep"
+        )
     density = found.density if found.density is not None else _DENSITY.get(code)
     bits = found.bits if found.bits is not None else _BITS.get(code)
     return CodeOptions(**{**_fields(found), "density": density, "bits": bits})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -48,11 +49,14 @@ class Correction:
         self._calibration = calibration
         self._load = load
         there = set(calibration.names)
+        specs = [spec for spec in candidate.source.tensors if spec.name in there]
+        # One that several layers add cannot be right for all.
+        uses = Counter(spec.segment for spec in specs)
         #: By segment of the base: name, and the segment that the checkpoint has it in.
         self._biases = {
             place: (spec.name, spec.segment)
-            for spec in candidate.source.tensors
-            if spec.name in there and (place := _place(candidate, spec)) is not None
+            for spec in specs
+            if uses[spec.segment] == 1 and (place := _place(candidate, spec)) is not None
         }
 
     def within(self, budget: float | None) -> dict[int, float]:

@@ -37,6 +37,8 @@ class Draft:
     """Of `SPARSE`: the least |t| that is touched."""
     stride: int = 0
     """Of `SEEDED`."""
+    corrected: bool = False
+    """Whether it is of other weights than the checkpoint's; of `SEEDED`."""
     left: bool = False
     """Whether the tensor is left as the base has it: `SPARSE`, and nothing is touched."""
 
@@ -73,6 +75,9 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
         factor, code = 1.0, draft.code(1.0)
     if code is None or factor is None:
         return None
+    if draft.corrected:
+        # From here on what is told of the codes is told of the checkpoint itself.
+        stats.moved, stats.projection = stats.own_moved, stats.own_projection
     stats.error = max(
         factor**2 * stats.norm - 2 * factor * stats.projection + stats.moved,
         0.0,
@@ -165,6 +170,7 @@ class SpanCodes:
         moves: Floats,
         stats: CodeStats,
         *,
+        own: Floats,
         seed: int,
         arena_span: int,
         span: int,
@@ -176,6 +182,8 @@ class SpanCodes:
         moves
             The task vector over the piece, from its start as far as the task has weights: it may
             have fewer rows than the base.
+        own
+            The same of the checkpoint itself, where codes are of other weights; else `moves`.
         """
         if self.values is None:
             return
@@ -188,6 +196,9 @@ class SpanCodes:
         stats.ones += values.size
         stats.projection += _dot(given, size)
         stats.norm += _dot(given, given)
+        if draft.corrected:
+            np.negative(given, out=given, where=np.signbit(values))
+            stats.own_projection += _dot(given, own[at[at < own.size]])
         code = index | np.signbit(values).view(np.uint8) << np.uint8(draft.bits - 1)
         pack_values(np.pad(code, (0, at.size - code.size)), piece, self.values)
 

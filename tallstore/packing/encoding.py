@@ -157,15 +157,13 @@ class TargetEncoder:
             self._count(stats)
         else:
             seen = span_moves(target.candidate, arena, span, lambda *_: (base, vector32))
-            raw = seen.raw
+            raw, coded = seen.raw, seen
             if target.coded is not None:
-                other = span_moves(target.coded, arena, span, lambda *_: (base, vector32))
-                if target.exact:
-                    # What the base is in codes alone still has a residual, and the other way.
-                    both = zip(seen.same, other.same, strict=True)
-                    other = replace(other, same=[one and two for one, two in both])
-                seen = other
-            self._code(arena, span, seen)
+                coded = span_moves(target.coded, arena, span, lambda *_: (base, vector32))
+                # What is the base's in codes alone is not, and has a residual; and the other way.
+                both = zip(seen.same, coded.same, strict=True)
+                coded = replace(coded, same=[one and two for one, two in both])
+            self._code(arena, span, coded, seen.moves)
         if arena in self._exact:
             dtype, base_dtype = self.dtype(arena), layout.arenas[arena].dtype
             same = dtype == base_dtype
@@ -179,7 +177,7 @@ class TargetEncoder:
             for segment, stats in found:
                 self.stats[segment].add(stats)
 
-    def _code(self, arena: int, span: int, seen: Moves) -> None:
+    def _code(self, arena: int, span: int, seen: Moves, own: Floats) -> None:
         drafts = self.target.drafts or {}
         values: Bytes | None = None
         if arena in self._seeded:
@@ -199,6 +197,8 @@ class TargetEncoder:
                 continue
             moves = seen.moves[held.start : held.stop]
             stats.moved = _squares(moves)
+            if draft.corrected:
+                stats.own_moved = _squares(own[held.start : held.stop])
             stats.finite = bool(np.isfinite(stats.moved))
             if not stats.finite:
                 continue
@@ -209,6 +209,7 @@ class TargetEncoder:
                     piece,
                     moves,
                     stats,
+                    own=own[held.start : held.stop],
                     seed=self.target.seed,
                     arena_span=record.span,
                     span=span,

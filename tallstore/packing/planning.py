@@ -134,7 +134,7 @@ class Planner:
             calibration = Calibration(candidate.name, calibrate, trial.whole(candidate))
             correction = Correction(candidate, calibration, trial.coded)
         if options.keep is not None and trial is not None:
-            return self._keeping(candidate, found, trial, correction)
+            return self._keeping(candidate, found, trial, correction, exact=exact)
         target = self.made(candidate, found, options, exact=exact, correction=correction)
         if trial is not None and scored:
             score = trial.score(target, options.code)
@@ -202,7 +202,7 @@ class Planner:
             progress=lambda _: None,
         )
         made = {n: seeded_draft(n, seen, BIAS_BITS, 1) for n, seen in moving(found).items()}
-        return {n: draft for n, draft in made.items() if draft is not None}
+        return {n: replace(draft, corrected=True) for n, draft in made.items() if draft is not None}
 
     def relative_error(self, target: Target, found: Mapping[int, Magnitudes]) -> float:
         """What dense codes are going to err by, relative to the task vector."""
@@ -237,6 +237,8 @@ class Planner:
         found: Mapping[int, Magnitudes],
         trial: Trial,
         correction: Correction | None,
+        *,
+        exact: bool,
     ) -> tuple[Target, list[str]]:
         """The fewest bits of a ladder whose weights score well enough; else the exact tier."""
         options = self._options
@@ -253,7 +255,7 @@ class Planner:
             target = self.made(candidate, found, rung, exact=False, correction=correction)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
-                return replace(target, score=score), []
+                return replace(target, exact=exact, score=score), []
         note = (
             f"{candidate.name}: {_LADDER[-1]} bits a weight score {score:.4g}, and {share:g} of "
             f"the original's {whole:.4g} was asked for: the exact tier is kept too"
