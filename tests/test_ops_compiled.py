@@ -97,8 +97,6 @@ def plain(code: Any) -> Any:
     kinds=st.lists(st.sampled_from(["sparse", "seeded", "none"]), min_size=3, max_size=3),
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
     threads=st.integers(1, 3),
-    rest_is_base=st.booleans(),
-    past=st.sampled_from([0, 1 << 40]),
     seed=st.integers(0, 99),
 )
 def test_from_code_to_code(
@@ -106,8 +104,6 @@ def test_from_code_to_code(
     kinds: list[str],
     dtypes: tuple[torch.dtype, torch.dtype],
     threads: int,
-    rest_is_base: bool,
-    past: int,
     seed: int,
 ) -> None:
     """Each tensor goes through three codes in turn, "none" being the base."""
@@ -119,13 +115,10 @@ def test_from_code_to_code(
         codes = [None if kind == "none" else code_of(generator, kind, n) for n in sizes]
         touches = Touches()
         for old, new, base, out in zip(before, codes, bases, outs, strict=True):
-            both = (None if c is None else words(c) for c in (old, new))
-            touches.add(*both, base, out, rest_is_base=rest_is_base)
+            touches.add(*(None if c is None else words(c) for c in (old, new)), base, out)
         # Threads take shares in any order: no two may need one.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(programs, "_PAST", past)
-            for low, high in reversed(list(shares(touches.sizes, threads))):
-                touches.run(low, high)
+        for low, high in reversed(list(shares(touches.sizes, threads))):
+            touches.run(low, high)
         for code, base, out in zip(codes, bases, outs, strict=True):
             wanted = base.to(dtypes[1]).clone()
             if code is not None:

@@ -15,15 +15,8 @@ from numba import types
 from numba.extending import overload
 
 from tallstore.jit import array_at, compiled
-from tallstore.ops.programs import (
-    APPLY,
-    APPLY_SEEDED,
-    RESTORE,
-    RESTORE_SEEDED,
-    REWRITE,
-    SWITCH,
-)
-from tallstore.ops.wide import LINE, WIDTH, copy, fetch, write
+from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
+from tallstore.ops.wide import LINE, WIDTH, fetch, write
 
 __all__ = ["run_planes", "run_touches"]
 
@@ -347,83 +340,6 @@ def _seeded_restore(
             out[at] = _narrow(_wide(base[at]), out)
 
 
-# -- all weights of a tensor, touched or not: in order, past the caches
-
-
-def _as_it_is(weight: Any, base: Any, out: Any) -> Any:
-    """A weight of the base as `out` holds it: of the same dtype the same bits."""
-    raise NotImplementedError
-
-
-@overload(_as_it_is, strict=False)
-def _as_it_is_of(weight: Any, base: Any, out: Any) -> Any:
-    if base.dtype == out.dtype:
-        return lambda weight, base, out: weight
-    return lambda weight, base, out: _narrow(_wide(weight), out)
-
-
-@compiled
-def _take(base: Any, first: Any, count: Any, buffer: Any) -> None:
-    for n in range(count):
-        buffer[n] = _as_it_is(base[first + n], base, buffer)
-
-
-@compiled
-def _give(buffer: Any, count: Any, out: Any, first: Any, address: Any, past: Any) -> None:
-    """Write the first weights of a buffer; by address, past the caches, where lines allow it."""
-    size = _itemsize(out)
-    to, lines = address + first * size, 0
-    if past and to % LINE == 0:
-        lines = count * size // LINE
-        for n in range(lines):
-            copy(buffer.ctypes.data + n * LINE, to + n * LINE)
-    for n in range(lines * LINE // size, count):
-        out[first + n] = buffer[n]
-
-
-@compiled
-def _sparse_rewrite(
-    entries: Any, starts: Any, table: Any, rows: Any, base: Any, out: Any, address: Any, past: Any
-) -> None:
-    """All weights become the base, the touched ones + level."""
-    buffer = np.empty(_GROUP, out.dtype)
-    for group in range(starts.size - 1):
-        first = group * _GROUP
-        count = min(_GROUP, out.size - first)
-        _take(base, first, count, buffer)
-        for n in range(starts[group], starts[group + 1]):
-            entry = np.int64(entries[n])
-            at = entry & (_GROUP - 1)
-            row = rows[first + at >> _BLOCK] if rows.size else 0
-            buffer[at] = _narrow(_wide(base[first + at]) + table[row, entry >> 12], buffer)
-        _give(buffer, count, out, first, address, past)
-
-
-@compiled
-def _seeded_rewrite(
-    offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
-    planes: Any, levels: Any, base: Any, out: Any, address: Any, past: Any,
-) -> None:  # fmt: skip
-    """All weights of one seeded tensor become the base, those with a value + level."""
-    groups = (numel + stride - 1) // stride
-    # A whole byte of the planes, so many that the buffer stays in the nearest caches.
-    each = max(_GROUP // stride // 8 * 8, 8)
-    where, codes = np.empty(each, np.int64), np.empty(each, np.uint8)
-    steps = np.empty(each, np.float32)
-    buffer = np.empty(each * stride, out.dtype)
-    for low in range(0, groups, each):
-        high = min(low + each, groups)
-        first = low * stride
-        count = min(high * stride, numel) - first
-        _take(base, offset + first, count, buffer)
-        _positions(low, high, stride, numel, one, two, where)
-        _steps(planes, levels, start + low, high - low, codes, steps)
-        for n in range(high - low):
-            weight = base[offset + where[n]]
-            buffer[where[n] - first] = _narrow(_wide(weight) + steps[n], buffer)
-        _give(buffer, count, out, offset + first, address, past)
-
-
 # -- many of them in one call: entering and leaving compiled code costs, between threads above all
 
 
@@ -481,7 +397,7 @@ def run_planes(
 @compiled
 def run_touches(
     jobs: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any,
-    past: Any, low: Any, high: Any,
+    low: Any, high: Any,
 ) -> None:  # fmt: skip
     """Rows low .. high - 1 of `jobs`: see `ops.programs.Touches`."""
     for n in range(low, high):
@@ -492,14 +408,11 @@ def run_touches(
             _sparse_restore(
                 array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs), one, to
             )
-        elif kind in (APPLY, REWRITE):
+        elif kind == APPLY:
             table = array_at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
             rows = array_at(job[7], job[8], ints)
             entries, starts = array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs)
-            if kind == APPLY:
-                _sparse_apply(entries, starts, table, rows, source, to)
-            else:
-                _sparse_rewrite(entries, starts, table, rows, one, to, jobs[n, 4], past)
+            _sparse_apply(entries, starts, table, rows, source, to)
         elif kind == SWITCH:
             old, new = job, job[9:]
             table = array_at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
@@ -512,14 +425,4 @@ def run_touches(
         else:
             planes = array_at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
             steps = array_at(job[9], 1 << job[7], floats)
-            offset, numel, stride = job[0], job[1], job[2]
-            low_key, high_key, start = job[3], job[4], job[5]
-            if kind == APPLY_SEEDED:
-                _seeded_apply(
-                    offset, numel, stride, low_key, high_key, start, planes, steps, source, to
-                )
-            else:
-                _seeded_rewrite(
-                    offset, numel, stride, low_key, high_key, start, planes, steps, one, to,
-                    jobs[n, 4], past,
-                )  # fmt: skip
+            _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)

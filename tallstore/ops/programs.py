@@ -27,8 +27,6 @@ __all__ = [
     "APPLY_SEEDED",
     "RESTORE",
     "RESTORE_SEEDED",
-    "REWRITE",
-    "REWRITE_SEEDED",
     "SWITCH",
     "Planes",
     "Touches",
@@ -45,7 +43,7 @@ __all__ = [
 Words = tuple[tuple[int, ...], ...]
 
 #: What a row of `Touches` asks for.
-RESTORE, APPLY, SWITCH, RESTORE_SEEDED, APPLY_SEEDED, REWRITE, REWRITE_SEEDED = range(7)
+RESTORE, APPLY, SWITCH, RESTORE_SEEDED, APPLY_SEEDED = range(5)
 #: Numbers of a sparse code, and of a tensor of a seeded one.
 _POSITIONS: Final = 9
 _SEEDED: Final = 10
@@ -58,9 +56,6 @@ _PLANES: Final = 6
 _THERE: Final = 10
 #: Bytes from which on weights are written past the caches: no cache would hold them.
 _PAST: Final = 1 << 25
-#: Bytes of a line of memory, and the share of lines below which sparing them does not pay.
-_LINE: Final = 64
-_SPARED: Final = 0.5
 _LOW: Final = 0xFFFFFFFF
 _OCTETS: Final = np.zeros(0, np.uint8)
 _SHORTS: Final = np.zeros(0, np.uint16)
@@ -187,43 +182,24 @@ class Touches:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         """Of the tensors, in touched weights, roughly."""
-        self._bytes = 0
         self._ends: list[int] = [0]
         self._rows: list[tuple[int, ...]] = []
         self._like: tuple[Any, ...] = ()
 
     def add(
-        self,
-        old: Words | None,
-        new: Words | None,
-        base: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        rest_is_base: bool = False,
+        self, old: Words | None, new: Words | None, base: torch.Tensor, out: torch.Tensor
     ) -> None:
         """One tensor: take back `old`, if there is one, then apply `new`, if there is one.
 
         The weights have the dtypes of those added first. What the words were made from, and the
         tensors, must be held on to by the caller.
-
-        Parameters
-        ----------
-        rest_is_base
-            Whether what neither touches is the base: then all is written where that is faster.
         """
         self._like = self._like or (compiled.like(base), compiled.like(out))
-        self._bytes += out.nbytes
         there = base.numel(), base.data_ptr(), base.data_ptr(), out.data_ptr()
         # What was restored is the base: reading it where it is written spares reading the other.
         again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
         size = 0
-        if rest_is_base and new is not None and _is_dense(old, new, base.numel(), out):
-            for row in new:
-                kind = REWRITE if _is_positions(row) else REWRITE_SEEDED
-                size += self._row(kind, there, row)
-            # In order, a weight takes a fraction of the time of one that is touched anywhere.
-            size = (size + base.numel() // 4) // 4
-        elif old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
+        if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
             size = self._row(SWITCH, again, (*old[0], *new[0])) + new[0][1]
         else:
             moved = old is not None and (new is None or not _same_places(old, new))
@@ -245,8 +221,7 @@ class Touches:
         rows = np.array(self._rows[self._ends[low] : self._ends[high]], np.int64)
         like = (_OCTETS, _SHORTS, _INTS, _LONGS, _FLOATS)
         if rows.size:
-            past = self._bytes >= _PAST
-            compiled.loops().run_touches(rows, *self._like, *like, past, 0, len(rows))
+            compiled.loops().run_touches(rows, *self._like, *like, 0, len(rows))
 
 
 def _is_positions(row: tuple[int, ...]) -> bool:
@@ -260,16 +235,6 @@ def _is_sparse(code: Words) -> bool:
 def _size(row: tuple[int, ...]) -> int:
     """Weights that a row touches; of two sparse codes those of the first."""
     return -(-row[1] // row[2]) if len(row) == _SEEDED else row[1]
-
-
-def _is_dense(old: Words | None, new: Words, numel: int, out: torch.Tensor) -> bool:
-    """Whether so many weights are touched that most lines of memory are."""
-    codes = (new,) if old is None or _same_places(old, new) else (old, new)
-    touched = sum(_size(row) for code in codes for row in code)
-    # Of a seeded code each tensor's weights are written: there must not be others between them.
-    whole = _is_sparse(new) or sum(row[1] for row in new) == numel
-    spared = (1 - min(touched / max(numel, 1), 1)) ** (_LINE // out.element_size())
-    return whole and spared < _SPARED
 
 
 def _same_places(old: Words, new: Words) -> bool:

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LINE", "WIDTH", "copy", "fetch", "write"]
+__all__ = ["LINE", "WIDTH", "fetch", "write"]
 
 #: Weights a step: those of 32 bits of a plane.
 WIDTH: Final = 32
@@ -22,7 +22,6 @@ LINE: Final = 64
 
 _BIT, _SHORT, _WORD = (ir.VectorType(ir.IntType(n), WIDTH) for n in (1, 16, 32))
 _FLOAT: Final = ir.VectorType(ir.FloatType(), WIDTH)
-_LINE: Final = ir.VectorType(ir.IntType(32), LINE // 4)
 _SHIFT: Final = ir.Constant(_WORD, [16] * WIDTH)
 
 
@@ -58,24 +57,15 @@ def write(
         value = builder.fadd(_load(builder, where, base_like), chosen)
         if not isinstance(out_like.dtype, types.Float):
             value = _narrow(builder, value, arguments[9])
-        _store(builder, value, to)
+        stored = builder.store(value, builder.inttoptr(to, value.type.as_pointer()))
+        stored.align = LINE
+        stored.set_metadata(
+            "nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        )
         return context.get_dummy_value()
 
     given = (base, vector, types.uint32, types.float32, types.float32, out)
     return types.void(*given, base_like, vector_like, out_like, types.uint16), generate
-
-
-@intrinsic
-def copy(typing: Any, source: Any, out: Any) -> Any:
-    """Write a line that is in memory elsewhere; `out` is the address of a whole line."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        line = builder.load(builder.inttoptr(arguments[0], _LINE.as_pointer()))
-        line.align = 1
-        _store(builder, line, arguments[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -92,14 +82,6 @@ def fetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    stored = builder.store(value, builder.inttoptr(address, value.type.as_pointer()))
-    stored.align = LINE
-    stored.set_metadata(
-        "nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-    )
 
 
 def _load(builder: Any, address: Any, like: Any) -> Any:

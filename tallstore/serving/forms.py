@@ -276,8 +276,7 @@ class SparseForm:
                 old = None if before is None else before.code
                 yield _applying(old, code, base, out, known=known)
                 continue
-            was = None if before is None else before.words
-            touches.add(was, mine, base, out, rest_is_base=True)
+            touches.add(None if before is None else before.words, mine, base, out)
             moved += _touched(code, base, out)
             moved += 0 if before is None else _touched(before.code, base, out)
         yield from _together(touches, moved, live.threads)
