@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 import tallstore
+from bench.numbaless import without_numba
 from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, classifier, zoo
-from tallstore import compiling
 from tallstore.serving import TaskSwitcher
 
 CODES: Mapping[str, dict[str, Any]] = {
@@ -45,17 +45,6 @@ def _check(switcher: TaskSwitcher, store: Path) -> None:
         found = switcher.model.state_dict()
         if not all(torch.equal(found[name], tensor) for name, tensor in wanted.items()):
             raise SystemExit(f"{task}: switching gives other weights than loading")
-
-
-@contextmanager
-def _without_numba() -> Iterator[None]:
-    """As if it were not installed."""
-    kept = compiling.load, compiling.loaded
-    compiling.load = compiling.loaded = lambda: False
-    try:
-        yield
-    finally:
-        compiling.load, compiling.loaded = kept
 
 
 def _switching(switcher: TaskSwitcher, within: Callable[[], Any]) -> Callable[[], None]:
@@ -102,7 +91,7 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
     first = next(iter(found.tasks.values())) / "model.safetensors"
     with ExitStack() as stack:
         switches = []
-        for within in (nullcontext, _without_numba):
+        for within in (nullcontext, without_numba):
             with within():
                 model = classifier(load_file(first), found.base)
                 switcher = stack.enter_context(TaskSwitcher(model, store))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import tallstore
+from bench.numbaless import without_numba
 from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, zoo
@@ -109,19 +110,25 @@ def packed(found: Zoo, directory: Path) -> list[Any]:
         loaded = tallstore.load(store, task=task)
         if exact and not all(torch.equal(loaded[name], state[name]) for name in state):
             raise SystemExit("the exact tier differs from the original")
-        times = by_turns(
-            {
-                "tallstore.load": lambda s=store: tallstore.load(s, task=task),  # type: ignore[misc]
-                "torch.load": lambda: torch.load(original),
-            },
-            repeats=9,
-            burst=3,
-        )
+
+        def load(path: Path = store) -> Any:
+            return tallstore.load(path, task=task)
+
+        def load_alone() -> Any:
+            with without_numba():
+                return load()
+
+        runs = {"with numba": load, "without": load_alone, "torch.load": _torch_load(original)}
+        times = by_turns(runs, repeats=9, burst=3)
         name = "load a packed MiniLM task" + (", exact" if exact else "")
-        rows.append(
-            _row(name, times, "tallstore.load", "torch.load", bytes=original.stat().st_size)
-        )
+        size = original.stat().st_size
+        rows.append(_row(name, times, "with numba", "torch.load", bytes=size))
+        rows.append(_row(f"{name}, without numba", times, "without", "torch.load", bytes=size))
     return rows
+
+
+def _torch_load(path: Path) -> Callable[[], Any]:
+    return lambda: torch.load(path)
 
 
 def plain(state: Any, name: str, directory: Path, repeats: int) -> list[Any]:
