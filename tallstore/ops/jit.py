@@ -16,7 +16,7 @@ from numba.extending import overload
 
 from tallstore.jit import array_at, compiled
 from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
-from tallstore.ops.wide import LINE, WIDTH, fetch, write
+from tallstore.ops.wide import LINE, WIDTH, fence, fetch, write
 
 __all__ = ["run_planes", "run_touches"]
 
@@ -391,6 +391,8 @@ def run_planes(
         p2 = array_at(jobs[n, 8], size, octets)
         p3 = array_at(jobs[n, 9], size if planes == 4 else 0, octets)
         _four_planes(one, p0, p1, p2, p3, step, row, to)
+    if past:
+        fence()
     return left
 
 

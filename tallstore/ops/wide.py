@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LINE", "WIDTH", "fetch", "write"]
+__all__ = ["LINE", "WIDTH", "fence", "fetch", "write"]
 
 #: Weights a step: those of 32 bits of a plane.
 WIDTH: Final = 32
@@ -82,6 +82,17 @@ def fetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """Have what was written past the caches be there for other threads: nothing else sees to it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _load(builder: Any, address: Any, like: Any) -> Any:
