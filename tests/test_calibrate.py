@@ -377,3 +377,33 @@ def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
     )
     with tallstore.open(path) as store:
         assert (store.tasks["one"].parameters or {})["corrected"] == 1
+
+
+@pytest.mark.parametrize(("off", "on"), [("", "model."), ("model.", "")])
+def test_names_may_be_wrapped(tmp_path: Path, off: str, on: str) -> None:
+    """As they may be between a base and its tasks."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Net()
+            # Not in the checkpoint, and nothing that could be learnt.
+            self.register_buffer("places", torch.arange(3))
+
+        def forward(self, *given: Any, **named: Any) -> Any:
+            return self.model(*given, **named)
+
+    tasks = {task: {on + n: t for n, t in state.items()} for task, state in TASKS.items()}
+    module = Wrapped() if off else Net()
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(
+        path,
+        {on + name: tensor for name, tensor in BASE.items()},
+        tasks,
+        code="signs",
+        calibrate=lambda task: (module, calibrate(task)[1]),
+    )
+    with tallstore.open(path) as store:
+        assert (store.tasks["one"].parameters or {})["corrected"] == len(LAYERS)
+        found = {name.removeprefix(on): tensor for name, tensor in store.load("one").items()}
+    assert far(found, "one") < 1

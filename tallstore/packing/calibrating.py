@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tallstore.errors import OptionError, TallstoreError
+from tallstore.matching import common_prefix, renamed
 
 __all__ = ["Calibrate", "Calibration"]
 
@@ -56,6 +57,9 @@ class Calibration:
         self._task = task
         self._module, self._batches = self._ask(calibrate)
         self._found = dict(_biased(self._module))
+        named = [n for n in original if isinstance(n, str)] if isinstance(original, Mapping) else []
+        #: To take off a task's names, and to put on, for the module's: "model.", for one.
+        self._prefix = common_prefix(named, self._module.state_dict().keys())
         self._means: dict[str, list[Tensor]] = defaultdict(list)
 
         def keep(name: str, output: Tensor, axis: int) -> None:
@@ -68,8 +72,13 @@ class Calibration:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The biases that were added to an output, as a state dict names them."""
-        return tuple(f"{name}.bias".removeprefix(".") for name in self._means)
+        """The biases that were added to an output, as the task names them."""
+        return tuple(map(self._name, self._means))
+
+    def _name(self, module: str) -> str:
+        """Of a submodule's bias, as the task has it."""
+        off, on = self._prefix
+        return renamed(f"{module}.bias".removeprefix("."), (on, off))
 
     def corrected(self, coded: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], float]:
         """The biases with which coded weights give the means of the original, front to back.
@@ -107,12 +116,12 @@ class Calibration:
             shape[axis] = -1
             return output + by.view(shape).to(output.dtype)
 
-        some = {n: a for n, a in self._found.items() if f"{n}.bias".removeprefix(".") in wanted}
+        some = [name for name in self._found if self._name(name) in wanted]
         with self._hooked(some, shift):
             given = self._run(coded, "the codes")
         found = {}
         for name, by in shifts.items():
-            key = f"{name}.bias".removeprefix(".")
+            key = self._name(name)
             found[key] = coded[key].detach().float() + torch.stack(by).mean(0).to(coded[key].device)
             if not bool(found[key].isfinite().all()):
                 raise self._refused(f"the codes give numbers that are not finite, at {name!r}")
@@ -141,7 +150,8 @@ class Calibration:
         there = [t for t in (*module.parameters(), *module.buffers()) if not t.is_inference()]
         kept = [tensor.detach().clone() for tensor in there]
         try:
-            missing = _missing(module, module.load_state_dict(state, strict=False).missing_keys)
+            named = {renamed(name, self._prefix): tensor for name, tensor in state.items()}
+            missing = _missing(module, module.load_state_dict(named, strict=False).missing_keys)
             if missing:
                 raise self._refused(f"the task has no {missing[0]!r}, which the module has")
             module.eval()
@@ -183,14 +193,22 @@ class Calibration:
 
 
 def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Of the names that were not loaded those that are no others' too: weights may be tied."""
+    """Of the names that were not loaded those that count.
+
+    Weights may be tied to others that were; and whole numbers, such as positions, are made by the
+    module itself, if a checkpoint has none.
+    """
     found: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     lost = set(names)
     loaded = {id(tensor) for name, tensor in found.items() if name not in lost}
-    return [name for name in names if name not in found or id(found[name]) not in loaded]
+    return [
+        name
+        for name in names
+        if name not in found or (found[name].is_floating_point() and id(found[name]) not in loaded)
+    ]
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
