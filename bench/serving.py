@@ -111,7 +111,8 @@ def measure(found: Zoo, code: str, folder: Path) -> list[dict[str, Any]]:
     mine = times["switch"]["median"]
     rival = min(times[name]["median"] for name in RIVALS)
     for name, spent in times.items():
-        print(f"{code:<10}{name:<34}{spent['median'] * 1e3:>9.1f} ms", flush=True)
+        warm, first = (spent[key] * 1e3 for key in ("median", "first"))
+        print(f"{code:<10}{name:<34}{warm:>9.1f} ms, first of a burst {first:.1f} ms", flush=True)
     print(f"{'':<10}{rival / mine:.1f} times faster than the faster of the two", flush=True)
     return [
         {

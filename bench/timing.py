@@ -12,8 +12,12 @@ __all__ = ["by_turns"]
 def by_turns(
     runs: Mapping[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1, burst: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each, as minimum, median and maximum; all of them, by turns."""
+    """Seconds of each, as minimum, median and maximum; all of them, by turns.
+
+    Of bursts the median of what was left out, too: "first".
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    firsts: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         for name, run in runs.items():
             # The first of a burst does not count: torch's threads still spin on the cores after
@@ -22,9 +26,10 @@ def by_turns(
                 began = time.perf_counter()
                 run()
                 spent = time.perf_counter() - began
-                if turn >= warmup and (again or burst == 1):
-                    seconds[name].append(spent)
+                if turn >= warmup:
+                    (seconds if again or burst == 1 else firsts)[name].append(spent)
     return {
         name: {"min": min(found), "median": median(found), "max": max(found)}
+        | ({"first": median(firsts[name])} if firsts[name] else {})
         for name, found in seconds.items()
     }

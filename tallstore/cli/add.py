@@ -37,16 +37,7 @@ _EXACT = (
     )
 )
 @click.argument("items", metavar="STORE NAME=PATH...", nargs=-1, required=True, type=click.Path())
-@coding_options(
-    "density",
-    "bits",
-    "over",
-    "gain",
-    "seed",
-    "bits_per_weight",
-    "max_error",
-    extra=("exact",),
-)
+@coding_options(tries=False, extra=("exact",))
 @click.option(
     "--exact",
     is_flag=True,

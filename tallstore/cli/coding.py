@@ -33,8 +33,14 @@ def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
         ) from None
 
 
-def coding_options(*names: str, extra: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
-    """The options called `names`, and ``--code`` with choices of its own beside `CODES`."""
+#: Options that try out what tasks are coded with, by a function of the user's.
+_TRIES: Final = ("keep", "evaluate", "calibrate")
+
+
+def coding_options(
+    *, tries: bool = True, extra: tuple[str, ...] = ()
+) -> Callable[[_Function], _Function]:
+    """``--code``, with `extra` choices beside `CODES`, and its options, those that try or not."""
     every = {
         "density": click.option(
             "--density",
@@ -93,8 +99,9 @@ def coding_options(*names: str, extra: tuple[str, ...] = ()) -> Callable[[_Funct
     }
 
     def add(function: _Function) -> _Function:
-        for name in reversed(names):
-            function = every[name](function)
+        for name, option in reversed(every.items()):
+            if tries or name not in _TRIES:
+                function = option(function)
         return click.option(
             "--code",
             type=click.Choice([*CODES, *extra]),

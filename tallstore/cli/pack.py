@@ -49,18 +49,7 @@ _OTHERS: Final = [name for name in MASKLESS if name not in ("ta", "ties")]
     type=click.Path(),
     help="In place of --base: refer to the base of another store, which has to stay.",
 )
-@coding_options(
-    "density",
-    "bits",
-    "over",
-    "gain",
-    "seed",
-    "bits_per_weight",
-    "max_error",
-    "keep",
-    "evaluate",
-    "calibrate",
-)
+@coding_options()
 @click.option(
     "--merge",
     type=click.Choice(MASKLESS),

@@ -34,18 +34,7 @@ __all__ = ["repack"]
 )
 @store_argument
 @click.argument("out", required=False, type=click.Path())
-@coding_options(
-    "density",
-    "bits",
-    "over",
-    "gain",
-    "seed",
-    "bits_per_weight",
-    "max_error",
-    "keep",
-    "evaluate",
-    "calibrate",
-)
+@coding_options()
 @click.option("--merge", type=click.Choice(MASKLESS), metavar="RULE", help="Of the shared vector.")
 @click.option("--tall-lambda", type=float, metavar="NUMBER", help="Of masks.")
 @click.option("--vector-dtype", type=click.Choice(VECTOR_DTYPES), help="Of the shared vector.")
