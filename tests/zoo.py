@@ -57,9 +57,13 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables for a child that imports this checkout."""
-    paths = [str(ROOT), str(ROOT / "tests")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    """Environment variables for a child that imports this checkout, and what this process does."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run_child(

@@ -130,7 +130,9 @@ def _read(
         if device.type == "cpu":
             whole = host_memory(arena.weights * width, device)
         else:
-            whole = torch.empty(arena.weights * width, dtype=torch.uint8, device=device)
+            # Threads fill it, whose mode is not the caller's.
+            with torch.inference_mode(False):
+                whole = torch.empty(arena.weights * width, dtype=torch.uint8, device=device)
         desk = threading.local()
 
         def read(span: int) -> None:
