@@ -78,7 +78,10 @@ def _end(futures: Iterable[Future[_R]], tell: Callable[[BaseException], None]) -
 
     What is under way still reads and writes: nobody may go on before it has ended, not by Ctrl-C.
     """
-    left = [future for future in futures if not future.cancel()]
+    # To wait for what has ended takes a while, too.
+    left = [future for future in futures if not future.cancel() and not future.done()]
+    if not left:
+        return
     interrupted: BaseException | None = None
     while True:
         try:

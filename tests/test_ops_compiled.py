@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tallstore.errors import DeviceError
 from tallstore.kernels import reference, seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
 from tallstore.ops import programs
-from tallstore.ops.programs import Planes, Touches, shares, words
+from tallstore.ops.programs import Planes, Touches, Work, words
 
 assert compiling.load()
 
@@ -34,6 +35,13 @@ def draw(generator: np.random.Generator, n: int, dtype: torch.dtype) -> torch.Te
 def draw_planes(generator: np.random.Generator, count: int, n: int, density: float) -> torch.Tensor:
     found = generator.random((count, -(-n // 8) * 8)) < density
     return torch.from_numpy(np.packbits(found, axis=1, bitorder="little"))
+
+
+def by_threads(work: Work | None, threads: int) -> None:
+    if work is not None:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work) for _ in range(threads)]:
+                done.result()
 
 
 @settings(max_examples=30, deadline=None)
@@ -63,9 +71,7 @@ def test_planes_of_many_tensors(
         parts.append((base, planes, step, row, torch.empty(n, dtype=dtypes[1])))
         line = levels[row].tolist()
         wanted.append(reference.reconstruct(base, planes, step, line, dtypes[1]))
-    program = Planes(parts, levels)
-    for low, high in shares(sizes, threads):
-        program.run(low, high)
+    by_threads(Planes(parts, levels).start(), threads)
     assert [bits(part[-1]) for part in parts] == [bits(tensor) for tensor in wanted]
 
 
@@ -116,23 +122,13 @@ def test_from_code_to_code(
         touches = Touches()
         for old, new, base, out in zip(before, codes, bases, outs, strict=True):
             touches.add(*(None if c is None else words(c) for c in (old, new)), base, out)
-        # Threads take shares in any order: no two may need one.
-        for low, high in reversed(list(shares(touches.sizes, threads))):
-            touches.run(low, high)
+        by_threads(touches.start(), threads)
         for code, base, out in zip(codes, bases, outs, strict=True):
             wanted = base.to(dtypes[1]).clone()
             if code is not None:
                 plain(code).apply(code, base, wanted)
             assert bits(out) == bits(wanted)
         before = codes
-
-
-def test_shares_are_all_jobs_once() -> None:
-    assert list(shares([], 4)) == []
-    for sizes in ([1], [5, 5, 5, 5], [100, 1, 1, 1], [0, 0, 0, 9], [0, 0]):
-        found = list(shares(sizes, 3))
-        assert [n for low, high in found for n in range(low, high)] == list(range(len(sizes)))
-        assert len(found) <= 3
 
 
 def test_what_torch_makes_of_nan() -> None:
@@ -205,7 +201,7 @@ def test_past_the_caches_it_is_the_same(
         wanted.append(reference.reconstruct(base, planes, step, levels[row].tolist(), dtypes[1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "_PAST", 0)
-        Planes(parts, levels).run(0, len(parts))
+        Planes(parts, levels).start()()
     assert [bits(part[-1]) for part in parts] == [bits(tensor) for tensor in wanted]
 
 
@@ -227,12 +223,12 @@ def test_what_is_there_already_is_left_alone(past: int, monkeypatch: pytest.Monk
 
     first, second = program(masks[0], (0, 0, 0)), program(masks[1], (0, 1, 0))
     first.since(None)
-    assert first.run(0, 3) == 0
+    assert first.start()() == 0
     second.since(first)
     for out in outs:
         out[marked] = 5.0
     # Of other levels nothing is left alone, though -0.0 == 0.0; the marks tell what is.
-    assert second.run(0, 3) == 2 * 248 * 8
+    assert second.start()() == 2 * 248 * 8
     assert [float(out[marked]) == 5.0 for out in outs] == [True, False, True]
     for row, out in zip((0, 1, 0), outs, strict=True):
         wanted = reference.reconstruct(base, masks[1], vector, levels[row].tolist(), torch.float32)
@@ -241,9 +237,9 @@ def test_what_is_there_already_is_left_alone(past: int, monkeypatch: pytest.Monk
     # Elsewhere, or over another vector, it is as if nothing were known.
     other = Planes([(base, masks[1], vector.clone(), 0, outs[0])], levels)
     other.since(second)
-    assert other.run(0, 1) == 0
+    assert other.start()() == 0
     elsewhere = Planes([(base, masks[1], vector, 0, torch.empty(n))], levels)
     elsewhere.since(second)
-    assert elsewhere.run(0, 1) == 0
+    assert elsewhere.start()() == 0
     second.since(None)
-    assert second.run(0, 3) == 0
+    assert second.start()() == 0

@@ -16,15 +16,15 @@ from numba.extending import overload
 
 from tallstore.jit import array_at, compiled
 from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
-from tallstore.ops.wide import LINE, WIDTH, fence, fetch, write
+from tallstore.ops.wide import LINE, WIDTH, draw, fence, fetch, write
 
 __all__ = ["run_planes", "run_touches"]
 
 #: Weights of a group of `SparseCode`, and (as a shift) of a block of its rows.
 _GROUP: Final = 4096
 _BLOCK: Final = 10
-#: Words of a plane whose weights are fetched in one go: they fill a part of the nearest cache.
-_FETCHED: Final = 64
+#: Words of a plane whose weights are on their way into the nearest cache: a part of it.
+_FETCHED: Final = 32
 #: Values of a seeded tensor that are placed in one go.
 _STEP: Final = 1024
 #: What torch rounds a NaN to in bfloat16: it depends on the processor.
@@ -137,26 +137,28 @@ def _one_plane_wide(
 ) -> Any:  # fmt: skip
     """The same of whole words, by addresses, past the caches.
 
-    A few words are fetched before any of them is written: memory does better at one or the other.
+    Those that will be written are fetched ahead: of a table that few rows are written of, the
+    processor by itself would fetch what lies between them.
     """
     size, step, far = _itemsize(base_like), _itemsize(vector_like), _itemsize(out_like)
-    left = 0
-    for start in range(0, words, _FETCHED):
-        stop = min(start + _FETCHED, words)
-        for w in range(start, stop):
-            if not there.size or _word(there, 4 * w) != _word(plane, 4 * w):
-                for at in range(size * w * WIDTH, size * (w + 1) * WIDTH, LINE):
+    left, ahead, fetched = 0, 0, 0
+    for w in range(words):
+        bits = _word(plane, 4 * w)
+        if there.size and _word(there, 4 * w) == bits:
+            left += WIDTH
+            continue
+        while fetched < _FETCHED and ahead < words:
+            if not there.size or _word(there, 4 * ahead) != _word(plane, 4 * ahead):
+                for at in range(size * ahead * WIDTH, size * (ahead + 1) * WIDTH, LINE):
                     fetch(base + at)
-                for at in range(step * w * WIDTH, step * (w + 1) * WIDTH, LINE):
+                for at in range(step * ahead * WIDTH, step * (ahead + 1) * WIDTH, LINE):
                     fetch(vector + at)
-        for w in range(start, stop):
-            bits = _word(plane, 4 * w)
-            if there.size and _word(there, 4 * w) == bits:
-                left += WIDTH
-                continue
-            n = WIDTH * w
-            write(base + size * n, vector + step * n, bits, low, high, out + far * n,
-                  base_like, vector_like, out_like, np.uint16(_NAN))  # fmt: skip
+                fetched += 1
+            ahead += 1
+        fetched -= 1
+        n = WIDTH * w
+        write(base + size * n, vector + step * n, bits, low, high, out + far * n,
+              base_like, vector_like, out_like, np.uint16(_NAN))  # fmt: skip
     return left
 
 
@@ -357,15 +359,18 @@ def _vector_of(address: Any, count: Any, like: Any) -> Any:
 
 @compiled
 def run_planes(
-    jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, past: Any,
-    low: Any, high: Any,
+    jobs: Any, levels: Any, base: Any, vector: Any, out: Any, octets: Any, past: Any, tickets: Any
 ) -> Any:  # fmt: skip
-    """Rows low .. high - 1 of `jobs`: see `ops.programs.Planes`. Arrays give their dtypes alone.
+    """Rows of `jobs` that no other thread does: see `ops.programs.Planes`.
 
-    `past`: one plane is written past the caches. Gives how many weights were left alone.
+    Arrays of weights give their dtypes alone. `past`: one plane is written past the caches. Gives
+    how many weights were left alone.
     """
     left = 0
-    for n in range(low, high):
+    while True:
+        n = draw(tickets.ctypes.data)
+        if n >= jobs.shape[0]:
+            break
         count, planes, row = jobs[n, 0], jobs[n, 1], levels[jobs[n, 2]]
         one, to = array_at(jobs[n, 3], count, base), array_at(jobs[n, 5], count, out)
         step = _vector_at(jobs[n, 4], count, vector)
@@ -397,34 +402,47 @@ def run_planes(
 
 
 @compiled
+def _touch(
+    row: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any
+) -> None:
+    """A row of `ops.programs.Touches`."""
+    kind, count, job = row[0], row[1], row[5:]
+    one, source = array_at(row[2], count, base), array_at(row[3], count, base)
+    to = array_at(row[4], count, out)
+    if kind == RESTORE:
+        _sparse_restore(array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs), one, to)
+    elif kind == APPLY:
+        table = array_at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
+        rows = array_at(job[7], job[8], ints)
+        entries, starts = array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs)
+        _sparse_apply(entries, starts, table, rows, source, to)
+    elif kind == SWITCH:
+        old, new = job, job[9:]
+        table = array_at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
+        rows = array_at(new[7], new[8], ints)
+        entries, starts = array_at(new[0], new[1], shorts), array_at(new[2], new[3], longs)
+        before, old_starts = array_at(old[0], old[1], shorts), array_at(old[2], old[3], longs)
+        _sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
+    elif kind == RESTORE_SEEDED:
+        _seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
+    else:
+        planes = array_at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
+        steps = array_at(job[9], 1 << job[7], floats)
+        _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)
+
+
+@compiled
 def run_touches(
-    jobs: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any,
-    low: Any, high: Any,
+    jobs: Any, ends: Any, base: Any, out: Any,
+    octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any, tickets: Any,
 ) -> None:  # fmt: skip
-    """Rows low .. high - 1 of `jobs`: see `ops.programs.Touches`."""
-    for n in range(low, high):
-        kind, count, job = jobs[n, 0], jobs[n, 1], jobs[n, 5:]
-        one, source = array_at(jobs[n, 2], count, base), array_at(jobs[n, 3], count, base)
-        to = array_at(jobs[n, 4], count, out)
-        if kind == RESTORE:
-            _sparse_restore(
-                array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs), one, to
-            )
-        elif kind == APPLY:
-            table = array_at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
-            rows = array_at(job[7], job[8], ints)
-            entries, starts = array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs)
-            _sparse_apply(entries, starts, table, rows, source, to)
-        elif kind == SWITCH:
-            old, new = job, job[9:]
-            table = array_at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
-            rows = array_at(new[7], new[8], ints)
-            entries, starts = array_at(new[0], new[1], shorts), array_at(new[2], new[3], longs)
-            before, old_starts = array_at(old[0], old[1], shorts), array_at(old[2], old[3], longs)
-            _sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
-        elif kind == RESTORE_SEEDED:
-            _seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
-        else:
-            planes = array_at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
-            steps = array_at(job[9], 1 << job[7], floats)
-            _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)
+    """Tensors that no other thread does: rows ends[n] .. ends[n + 1] - 1 of `jobs` are of one.
+
+    It is one thread's, since its rows come one after the other. See `ops.programs.Touches`.
+    """
+    while True:
+        n = draw(tickets.ctypes.data)
+        if n >= ends.size - 1:
+            break
+        for row in range(ends[n], ends[n + 1]):
+            _touch(jobs[row], base, out, octets, shorts, ints, longs, floats)

@@ -2,7 +2,8 @@
 
 Between two calls a thread needs the interpreter, which all threads share: over a hundred tensors
 the waiting took as long as the work. Here the calls are listed as rows of numbers, addresses among
-them, and each thread works off a share of the rows in one call. One tensor is a list of one.
+them, and each thread works off rows in one call, one after the other, until none is left: so all
+of them end at about the same time, whatever a row takes. One tensor is a list of one.
 
 Addresses are only as good as what they are of: whoever makes a program holds on to its tensors,
 which are contiguous, as `ops.checks` sees to.
@@ -10,7 +11,7 @@ which are contiguous, as `ops.checks` sees to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -31,16 +32,20 @@ __all__ = [
     "Planes",
     "Touches",
     "Words",
+    "Work",
     "apply",
     "reconstruct",
     "restore",
-    "shares",
     "switch",
     "words",
 ]
 
 #: A code as rows of numbers: one of a sparse code, one a tensor of a seeded one.
 Words = tuple[tuple[int, ...], ...]
+
+#: What each of the threads calls that share some work: it does what is left until nothing is. The
+#: work is done when all that called it have returned.
+Work = Callable[[], int]
 
 #: What a row of `Touches` asks for.
 RESTORE, APPLY, SWITCH, RESTORE_SEEDED, APPLY_SEEDED = range(5)
@@ -62,19 +67,6 @@ _SHORTS: Final = np.zeros(0, np.uint16)
 _INTS: Final = np.zeros(0, np.int32)
 _LONGS: Final = np.zeros(0, np.int64)
 _FLOATS: Final = np.zeros(0, np.float32)
-
-
-def shares(sizes: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
-    """Cut a row of jobs into at most `count` runs of about the same size: (first, after last)."""
-    if not sizes:
-        return
-    # A job takes time even if there is nothing to it.
-    ends = np.cumsum(np.asarray(sizes, np.int64) + 1)
-    wanted = ends[-1] * np.arange(1, count + 1) // count
-    low = 0
-    for high in np.unique(np.searchsorted(ends, wanted) + 1).tolist():
-        yield low, high
-        low = high
 
 
 class Planes:
@@ -105,9 +97,9 @@ class Planes:
                 0 if vector is None else vector.data_ptr(), out.data_ptr(),
             )  # fmt: skip
             row[_PLANES : _PLANES + count] = planes.data_ptr() + planes.stride(0) * np.arange(count)
-        self._rows = rows
         self._addresses = [part[-1].data_ptr for part in parts]
         self._outs: list[int] = rows[:, _OUT].tolist()
+        self._rows = rows
         self._since: WeakKeyDictionary[Planes, npt.NDArray[np.int64]] = WeakKeyDictionary()
         self._past = sum(part[-1].nbytes for part in parts) >= _PAST
         base, _, vector, _, out = parts[0]
@@ -151,11 +143,20 @@ class Planes:
         """Whether all weights are where they were: `Tensor.share_memory_`, for one, moves them."""
         return self._outs == [address() for address in self._addresses]
 
-    def run(self, low: int, high: int) -> int:
-        """Write parts low .. high - 1; gives how many weights were left alone, see `since`."""
-        rows, levels, like = self._rows, self._levels, self._like
-        run = compiled.loops().run_planes
-        return int(run(rows, levels, *like, _OCTETS, self._past, low, high))
+    def start(self) -> Work:
+        """The work of writing all parts; gives how many weights it left alone, see `since`."""
+        run, tickets = compiled.loops().run_planes, _tickets()
+
+        def work() -> int:
+            found = run(self._rows, self._levels, *self._like, _OCTETS, self._past, tickets)
+            return int(found)
+
+        return work
+
+
+def _tickets() -> npt.NDArray[np.int64]:
+    """What threads draw: the number of the next row, which no other one gets."""
+    return np.zeros(1, np.int64)
 
 
 def words(code: SparseCode | SeededCode) -> Words:
@@ -180,8 +181,6 @@ class Touches:
     """Restoring, applying and switching sparse codes of many tensors."""
 
     def __init__(self) -> None:
-        self.sizes: list[int] = []
-        """Of the tensors, in touched weights, roughly."""
         self._ends: list[int] = [0]
         self._rows: list[tuple[int, ...]] = []
         self._like: tuple[Any, ...] = ()
@@ -198,30 +197,34 @@ class Touches:
         there = base.numel(), base.data_ptr(), base.data_ptr(), out.data_ptr()
         # What was restored is the base: reading it where it is written spares reading the other.
         again = there if base.dtype != out.dtype else (*there[:2], *there[3:], *there[3:])
-        size = 0
         if old is not None and new is not None and _is_sparse(old) and _is_sparse(new):
-            size = self._row(SWITCH, again, (*old[0], *new[0])) + new[0][1]
+            self._row(SWITCH, again, (*old[0], *new[0]))
         else:
             moved = old is not None and (new is None or not _same_places(old, new))
             for row in old if old is not None and moved else ():
-                size += self._row(RESTORE if _is_positions(row) else RESTORE_SEEDED, there, row)
+                self._row(RESTORE if _is_positions(row) else RESTORE_SEEDED, there, row)
             for row in new or ():
                 kind = APPLY if _is_positions(row) else APPLY_SEEDED
-                size += self._row(kind, again if moved else there, row)
-        self.sizes.append(size)
+                self._row(kind, again if moved else there, row)
         self._ends.append(len(self._rows))
 
-    def _row(self, kind: int, where: tuple[int, ...], rest: tuple[int, ...]) -> int:
+    def _row(self, kind: int, where: tuple[int, ...], rest: tuple[int, ...]) -> None:
         row = (kind, *where, *rest)
         self._rows.append(row + (0,) * (_WIDTH - len(row)))
-        return _size(rest)
 
-    def run(self, low: int, high: int) -> None:
-        """Do tensors low .. high - 1; each is one thread's: its rows come one after the other."""
-        rows = np.array(self._rows[self._ends[low] : self._ends[high]], np.int64)
+    def start(self) -> Work | None:
+        """The work of doing all of them; None if there is none."""
+        if not self._rows:
+            return None
+        rows, ends = np.array(self._rows, np.int64), np.array(self._ends, np.int64)
+        run, tickets = compiled.loops().run_touches, _tickets()
         like = (_OCTETS, _SHORTS, _INTS, _LONGS, _FLOATS)
-        if rows.size:
-            compiled.loops().run_touches(rows, *self._like, *like, 0, len(rows))
+
+        def work() -> int:
+            run(rows, ends, *self._like, *like, tickets)
+            return 0
+
+        return work
 
 
 def _is_positions(row: tuple[int, ...]) -> bool:
@@ -230,11 +233,6 @@ def _is_positions(row: tuple[int, ...]) -> bool:
 
 def _is_sparse(code: Words) -> bool:
     return len(code) == 1 and _is_positions(code[0])
-
-
-def _size(row: tuple[int, ...]) -> int:
-    """Weights that a row touches; of two sparse codes those of the first."""
-    return -(-row[1] // row[2]) if len(row) == _SEEDED else row[1]
 
 
 def _same_places(old: Words, new: Words) -> bool:
@@ -261,7 +259,7 @@ def reconstruct(
     out: torch.Tensor,
 ) -> None:
     """See `tallstore.ops.reconstruct`, with one row of levels; nothing is checked here."""
-    Planes([(base, planes, vector, 0, out)], levels).run(0, 1)
+    Planes([(base, planes, vector, 0, out)], levels).start()()
 
 
 def apply(code: SparseCode | SeededCode, base: torch.Tensor, out: torch.Tensor) -> None:
@@ -293,4 +291,6 @@ def _touch(
     touches = Touches()
     before, after = (None if code is None else words(code) for code in (old, new))
     touches.add(before, after, base, out)
-    touches.run(0, 1)
+    work = touches.start()
+    if work is not None:
+        work()

@@ -1,4 +1,4 @@
-"""32 weights at once, written past the caches: for loops that numba compiles (`ops.jit`).
+"""32 weights at once, written past the caches, and sharing rows: for loops of numba's (`ops.jit`).
 
 A store reads the line that it writes to before it writes it, to keep what it does not overwrite.
 Here whole lines are written, so that reading is half of the traffic for nothing; a store that is
@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LINE", "WIDTH", "fence", "fetch", "write"]
+__all__ = ["LINE", "WIDTH", "draw", "fence", "fetch", "write"]
 
 #: Weights a step: those of 32 bits of a plane.
 WIDTH: Final = 32
@@ -93,6 +93,18 @@ def fence(typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def draw(typing: Any, address: Any) -> Any:
+    """The int64 at an address, which counts up by that: no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], number.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(number, 1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 def _load(builder: Any, address: Any, like: Any) -> Any:

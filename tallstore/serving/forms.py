@@ -23,7 +23,7 @@ from tallstore.ops import (
     restore_sparse,
     switch_sparse,
 )
-from tallstore.ops.programs import Planes, Touches, Words, shares, words
+from tallstore.ops.programs import Planes, Touches, Words, Work, words
 from tallstore.scratch import Scratch
 from tallstore.serving.arrangement import Arrangement, compiles
 
@@ -60,6 +60,14 @@ class There:
     code: AnySparseCode
     words: Words | None
     """Of the code, where the compiled loops are used."""
+    moved: int
+    """Bytes that are read and written to touch what the code touches."""
+
+    @classmethod
+    def by(cls, code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> There:
+        """What a code leaves in `out`; worked out once, since to ask over again takes a while."""
+        mine = words(code) if compiles(base, out) else None
+        return cls(code, mine, _touched(code, base, out))
 
 
 @dataclass(slots=True)
@@ -139,9 +147,9 @@ class BaseForm:
             there = live.before[key]
             if there is not None and there.words is not None:
                 touches.add(there.words, None, base, out)
-                moved += _touched(there.code, base, out)
+                moved += there.moved
             elif there is not None:
-                yield _restoring(there.code, base, out)
+                yield _restoring(there, base, out)
         yield from _together(touches, moved, live.threads)
 
 
@@ -153,26 +161,24 @@ def _copying(source: torch.Tensor, out: torch.Tensor) -> Job:
     return copy
 
 
-def _restoring(code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> Job:
+def _restoring(there: There, base: torch.Tensor, out: torch.Tensor) -> Job:
     def restore() -> int:
-        restore_sparse(code, base, out)
-        return _touched(code, base, out)
+        restore_sparse(there.code, base, out)
+        return there.moved
 
     return restore
 
 
-#: Shares a thread: one that is held up leaves the rest to the others.
-_SHARES: Final = 2
-
-
 def _together(touches: Touches, moved: int, threads: int) -> Iterator[Job]:
-    """The touches, in shares; the first one counts the bytes of all."""
-    for low, high in shares(touches.sizes, _SHARES * threads):
-        yield partial(_touching, touches, low, high, 0 if low else moved)
+    """The touches, which threads share; the first counts the bytes of all."""
+    work = touches.start()
+    if work is not None:
+        for number in range(threads):
+            yield partial(_working, work, 0 if number else moved)
 
 
-def _touching(touches: Touches, low: int, high: int, moved: int) -> int:
-    touches.run(low, high)
+def _working(work: Work, moved: int) -> int:
+    work()
     return moved
 
 
@@ -235,16 +241,14 @@ class PlanesForm:
         arena = there.base.data_ptr(), 0 if there.vector is None else there.vector.data_ptr()
         self.program[0].since(live.planes_before.get(arena))
         live.planes_after[arena] = self.program[0]
-        for low, high in shares(
-            [run.out.numel() for _, run in there.pieces], _SHARES * live.threads
-        ):
-            yield partial(self._share, low, high)
+        work = self.program[0].start()
+        moved = there.moved + self.planes.nbytes
+        for number in range(live.threads):
+            yield partial(self._writing, work, 0 if number else moved)
 
-    def _share(self, low: int, high: int) -> int:
-        left = self.program[0].run(low, high)
-        # The first share counts the bytes of all.
-        there = self.arrangement
-        return (0 if low else there.moved + self.planes.nbytes) - left * there.each
+    def _writing(self, work: Work, moved: int) -> int:
+        """A thread's part; the first counts the bytes of all."""
+        return moved - work() * self.arrangement.each
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +257,8 @@ class SparseForm:
 
     runs: tuple[tuple[AnySparseCode, torch.Tensor, torch.Tensor], ...]
     """(code over the run's weights, weights of the base, tensor that they go to)."""
-    words: list[Words | None] = field(default_factory=list, compare=False)
-    """Of the codes, for the compiled loops; worked out when they are first written."""
+    leaves: list[There] = field(default_factory=list, compare=False)
+    """What the codes leave in the tensors; worked out when they are first written."""
 
     @property
     def nbytes(self) -> int:
@@ -267,26 +271,19 @@ class SparseForm:
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """What the code before touched is put back, and what this one touches is written."""
-        touches, moved = Touches(), 0
-        for (code, base, out), mine in zip(self.runs, self._words(), strict=True):
+        touches, moved, before = Touches(), 0, live.before
+        if not self.leaves:
+            self.leaves.extend(There.by(*run) for run in self.runs)
+        for (_, base, out), mine in zip(self.runs, self.leaves, strict=True):
             key = _key(out)
-            live.after[key] = There(code, mine)
-            before, known = live.before.get(key), key in live.before
-            if mine is None or not known or (before is not None and before.words is None):
-                old = None if before is None else before.code
-                yield _applying(old, code, base, out, known=known)
+            live.after[key] = mine
+            there, known = before.get(key), key in before
+            if mine.words is None or not known or (there is not None and there.words is None):
+                yield _applying(there, mine, base, out, known=known)
                 continue
-            touches.add(None if before is None else before.words, mine, base, out)
-            moved += _touched(code, base, out)
-            moved += 0 if before is None else _touched(before.code, base, out)
+            touches.add(None if there is None else there.words, mine.words, base, out)
+            moved += mine.moved + (0 if there is None else there.moved)
         yield from _together(touches, moved, live.threads)
-
-    def _words(self) -> list[Words | None]:
-        if not self.words:
-            self.words.extend(
-                words(code) if compiles(base, out) else None for code, base, out in self.runs
-            )
-        return self.words
 
 
 def _elsewhere(code: AnySparseCode, move: Move) -> AnySparseCode:
@@ -308,23 +305,16 @@ def _elsewhere(code: AnySparseCode, move: Move) -> AnySparseCode:
 
 
 def _applying(
-    before: AnySparseCode | None,
-    code: AnySparseCode,
-    base: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    known: bool,
+    there: There | None, mine: There, base: torch.Tensor, out: torch.Tensor, *, known: bool
 ) -> Job:
     def apply() -> int:
-        moved = _touched(code, base, out)
-        if before is not None:
-            switch_sparse(before, code, base, out)
-            return moved + _touched(before, base, out)
+        if there is not None:
+            switch_sparse(there.code, mine.code, base, out)
+            return mine.moved + there.moved
         if not known:
             out.copy_(base)
-            moved += _moved_by(base, out)
-        apply_sparse(code, base, out)
-        return moved
+        apply_sparse(mine.code, base, out)
+        return mine.moved + (0 if known else _moved_by(base, out))
 
     return apply
 
