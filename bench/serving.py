@@ -1,11 +1,12 @@
 """How fast a task is live: switched in place, beside reloading its checkpoint; one run.
 
-``python -m bench.serving [--cache DIR] [--zoo DIR] [--code CODE ...] [--processes N]``. The MiniLM zoo in float32,
-warm files. A switch with resident codes against ``safetensors`` + ``load_state_dict`` and
-``torch.load`` + ``load_state_dict`` of the same task into a model that is there already, by turns.
-A turn is twice through all the tasks, of which the second time counts: then all is warm, for each
-of them alike. What is switched to is checked first, to the bit. Where its memory lies is another
-matter in each process: the row is that of the median one, and tells the others' ratios.
+``python -m bench.serving [--cache DIR] [--zoo DIR] [--code CODE ...] [--processes N]``. The MiniLM
+zoo in float32, warm files. A switch with resident codes against ``safetensors`` +
+``load_state_dict`` and ``torch.load`` + ``load_state_dict`` of the same task into a model that is
+there already, by turns. A turn is twice through all the tasks, of which the second time counts:
+then all is warm, for each of them alike. What is switched to is checked first, to the bit. Where
+its memory lies is another matter in each process: the row is that of the median one, and tells the
+others' ratios.
 """
 
 from __future__ import annotations
