@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -65,27 +65,31 @@ class Workers:
             except BaseException as exc:
                 failed.append(exc)
 
-        others = [self._pool.submit(go_on) for _ in range(self.count - 1)]
-        go_on()
+        others: list[Future[None]] = []
+        try:
+            for _ in range(self.count - 1):
+                others.append(self._pool.submit(go_on))
+            go_on()
+        except BaseException as exc:
+            failed.append(exc)
         _end(others, failed.append)
         if failed:
             raise failed[0]
         return found
 
 
-def _end(futures: Iterable[Future[_R]], tell: Callable[[BaseException], None]) -> None:
+def _end(futures: Collection[Future[_R]], tell: Callable[[BaseException], None]) -> None:
     """Cancel what has not begun, and wait for the rest, whatever the wait is interrupted by.
 
     What is under way still reads and writes: nobody may go on before it has ended, not by Ctrl-C.
     """
-    # To wait for what has ended takes a while, too.
-    left = [future for future in futures if not future.cancel() and not future.done()]
-    if not left:
-        return
     interrupted: BaseException | None = None
     while True:
         try:
-            wait(left)
+            # To wait for what has ended takes a while, too.
+            left = [future for future in futures if not future.cancel() and not future.done()]
+            if left:
+                wait(left)
             break
         except BaseException as exc:
             interrupted = exc

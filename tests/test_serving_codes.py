@@ -152,3 +152,29 @@ def test_a_view_of_coded_weights(tmp_path: Path, code: str) -> None:
             task = "ab"[n % 2]
             switcher.switch(task)
             assert all(torch.equal(model[key], wanted[task][key]) for key in model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("code", ["tall", "signs", "seeded"])
+def test_tied_in_the_model_and_listed_in_any_order(tmp_path: Path, code: str, frozen: bool) -> None:
+    """One memory is over one of the base's tensors in a task, and over another in the next."""
+    draw = torch.Generator().manual_seed(3)
+
+    def drawn(scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.randn(300, 64, generator=draw)
+
+    base = {"p": drawn(), "q": drawn(), "o": drawn()}
+    first, second = (base[n] if frozen else base[n] + drawn(0.01) for n in "pq")
+    tasks = {
+        "a": {"p": first, "q": first, "o": base["o"] + drawn(0.01)},
+        "b": {"q": second, "p": second, "o": base["o"] + drawn(0.01)},
+    }
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, tasks, code=code)
+    wanted = {task: tallstore.load(path, task=task) for task in tasks}
+    tied = torch.zeros(300, 64)
+    model = {"p": tied, "q": tied, "o": torch.zeros(300, 64)}
+    with TaskSwitcher(model, path) as switcher:
+        for task in "abaab":
+            switcher.switch(task)
+            assert all(torch.equal(model[key], wanted[task][key]) for key in model)

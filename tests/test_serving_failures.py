@@ -328,3 +328,14 @@ def test_no_tasks_and_no_store(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="there are no tasks to serve"):
         TaskSwitcher(Net(make_base()), empty)
     assert issubclass(ChecksumError, CorruptStoreError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_tensor_at_an_odd_address(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = {"w": torch.randn(40, 30).to(dtype)}
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, {"a": {"w": base["w"] + 1}}, code="signs")
+    memory = bytearray(base["w"].nbytes + 1)
+    odd = torch.frombuffer(memory, dtype=dtype, offset=1).view(40, 30)
+    with pytest.raises(MismatchError, match="'w' lies at no multiple of its"):
+        TaskSwitcher({"w": odd}, path)

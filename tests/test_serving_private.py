@@ -293,3 +293,15 @@ def test_a_tied_embedding_that_grew(tmp_path: Path) -> None:
         switcher.switch("t")
         assert_is(model, store, "t")
         assert model.out.weight is model.embed.weight and model.embed.num_embeddings == 300
+
+
+def test_a_head_that_is_tied_to_another_shape(tmp_path: Path) -> None:
+    base = {"head": torch.randn(5, 33), "other": torch.randn(5, 33), "big": torch.randn(99, 33)}
+    path = tmp_path / "zoo.tall"
+    task = {name: tensor + 1 for name, tensor in base.items()}
+    tallstore.pack(path, base, {"a": {**task, "head": torch.randn(7, 33)}})
+    model = torch.nn.Module()
+    model.head = model.other = torch.nn.Parameter(torch.zeros(5, 33, device=DEVICE))
+    model.big = torch.nn.Parameter(torch.zeros(99, 33, device=DEVICE))
+    with pytest.raises(MismatchError, match=r"'other' is tied .* \[7, 33\] .* \[5, 33\]"):
+        TaskSwitcher(model, path)

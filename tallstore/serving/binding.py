@@ -110,6 +110,7 @@ class _Binder:
                 self._names[place] = name
                 self._place(place, spec)
         self._check_whole()
+        self._check_heads()
         self._check_overlaps()
         if self._problems:
             more = len(self._problems) - _SHOWN
@@ -147,6 +148,11 @@ class _Binder:
                 return
             tensor = self._model.head(name, spec.shape)
             self._heads.update(dict.fromkeys(self._model.sharing(name), tensor))
+        if tensor.numel() and tensor.data_ptr() % _alignment(tensor):
+            self._problem(
+                f"{name!r} lies at no multiple of its {_alignment(tensor)}-byte elements in the "
+                "model; clone() gives it memory of its own"
+            )
         if overlaps_itself(tensor):
             expanded = 0 in tensor.stride()
             self._problem(
@@ -178,6 +184,17 @@ class _Binder:
                 self._skipped.append(name)
             else:
                 self._problem(f"the task has no {name!r} {list(tensor.shape)} ; ignore= leaves it")
+
+    def _check_heads(self) -> None:
+        """What the model ties to a head gets another shape with it."""
+        for name, head in self._heads.items():
+            found = self._found.get(name)
+            if found is not None and found[0].shape != tuple(head.shape):
+                self._problem(
+                    f"{name!r} is tied in the model to a tensor that has shape "
+                    f"{list(head.shape)} in the task, and itself has {list(found[0].shape)} there; "
+                    "build the model without tying them"
+                )
 
     def _check_overlaps(self) -> None:
         """What shares elements in the model must share them in the task, or one undoes another."""
@@ -227,6 +244,11 @@ class _Binder:
         """The model's tensors that change; those made in inference mode have no version."""
         tensors = [self._heads.get(n, self._model.tensors[n]) for n in self._places]
         return tuple({id(t): t for t in tensors if not t.is_inference()}.values())
+
+
+def _alignment(tensor: torch.Tensor) -> int:
+    """Bytes that an element's address is a multiple of; a complex one is two numbers."""
+    return tensor.element_size() // (2 if tensor.is_complex() else 1)
 
 
 def _named(contents: Contents) -> dict[str, TensorSpec]:

@@ -46,8 +46,9 @@ Job = Callable[[], int]
 Move = Callable[[torch.Tensor], torch.Tensor]
 #: Makes a tensor of a segment's bytes.
 Build = Callable[[torch.Tensor], torch.Tensor]
-#: A tensor of the model, by where it is.
-_Key = tuple[int, int]
+#: A tensor of the model and weights of the base, by where they are: two tasks may have a tensor
+#: that the model ties over one and over the other of the base's.
+_Key = tuple[int, int, int]
 #: A base and a shared vector, by where they are.
 _Arena = tuple[int, int]
 _THE_BASE: Final = None
@@ -111,8 +112,8 @@ class Form(Protocol):
         ...
 
 
-def _key(out: torch.Tensor) -> _Key:
-    return out.data_ptr(), out.numel()
+def _key(base: torch.Tensor, out: torch.Tensor) -> _Key:
+    return out.data_ptr(), out.numel(), base.data_ptr()
 
 
 def _moved_by(base: torch.Tensor, out: torch.Tensor) -> int:
@@ -139,7 +140,7 @@ class BaseForm:
         """Copies; nothing where the base is already, and of a sparse code what it touched."""
         touches, moved = Touches(), 0
         for base, out in self.runs:
-            key = _key(out)
+            key = _key(base, out)
             live.after[key] = _THE_BASE
             if key not in live.before:
                 yield _copying(base, out)
@@ -273,9 +274,10 @@ class SparseForm:
         """What the code before touched is put back, and what this one touches is written."""
         touches, moved, before = Touches(), 0, live.before
         if not self.leaves:
-            self.leaves.extend(There.by(*run) for run in self.runs)
+            # All of them or none, should it be interrupted.
+            self.leaves[:] = [There.by(*run) for run in self.runs]
         for (_, base, out), mine in zip(self.runs, self.leaves, strict=True):
-            key = _key(out)
+            key = _key(base, out)
             live.after[key] = mine
             there, known = before.get(key), key in before
             if mine.words is None or not known or (there is not None and there.words is None):

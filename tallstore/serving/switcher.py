@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,14 @@ import torch
 
 from tallstore.devices import wanted_device
 from tallstore.errors import StoreClosedError, UnknownTaskError
+from tallstore.interrupts import Held
 from tallstore.serving.binding import Private
 from tallstore.serving.model import Model
 from tallstore.serving.offer import Choice, listed
 from tallstore.serving.opening import Opening, check_options, start
 from tallstore.serving.planning import Plan
 from tallstore.serving.results import Need, Residency, Source, Switch
-from tallstore.serving.turns import Request, Turns
+from tallstore.serving.turns import Request, SharedTurn, Turns
 from tallstore.serving.writer import Writer
 from tallstore.store import StorePath, TallStore
 from tallstore.workers import workers
@@ -120,7 +122,9 @@ class TaskSwitcher:
         self._turns = Turns()
         self._task: str | None = None
         self._closed = False
+        self._process = os.getpid()
         self._ahead: ThreadPoolExecutor | None = None
+        self._switching: ThreadPoolExecutor | None = None
         with ExitStack() as stack:
             self._pool = stack.enter_context(workers())
             self._opening = Opening(
@@ -172,7 +176,8 @@ class TaskSwitcher:
         """Make the model a task.
 
         Waits until nobody else uses it. Everything is read and checked before the first weight is
-        written: what fails then leaves the model as it is.
+        written: what fails then leaves the model as it is. Ctrl-C is heard while waiting, and when
+        the switch has ended.
 
         Parameters
         ----------
@@ -200,11 +205,12 @@ class TaskSwitcher:
             Called inside `use`.
         """
         self._known(task)
-        request = self._turns.enter(task)
-        try:
-            return self._switch(task, rewrite=rewrite)
-        finally:
-            self._leave(request)
+        with Held() as held:
+            request = self._turns.enter(task, held)
+            try:
+                return self._switch(task, rewrite=rewrite)
+            finally:
+                self._leave(request)
 
     @contextmanager
     def use(self, task: str) -> Iterator[Any]:
@@ -221,47 +227,57 @@ class TaskSwitcher:
         ...     logits = model(ids)
         """
         self._known(task)
-        request = self._turns.enter(task)
-        try:
-            self._switch(task)
+        with self._turn(task):
             yield self.model
+
+    @contextmanager
+    def _turn(self, task: str | None) -> Iterator[None]:
+        """The turn for the length of a block, the model being a task's, if one is named."""
+        request = None
+        try:
+            with Held() as held:
+                request = self._turns.enter(task, held)
+                if task is not None:
+                    self._switch(task)
+            yield
         finally:
-            self._leave(request)
+            if request is not None:
+                with Held():
+                    self._leave(request)
 
     async def aswitch(self, task: str, *, rewrite: bool = False) -> Switch:
         """`switch`, without blocking the event loop."""
         self._known(task)
         request = await self._turns.enter_async(task)
-        return await self._in_thread(request, task, rewrite=rewrite, leave=True)
+        return await self._in_thread(
+            SharedTurn(lambda: self._leave(request), 1), task, rewrite=rewrite
+        )
 
     @asynccontextmanager
     async def ause(self, task: str) -> AsyncIterator[Any]:
         """`use`, without blocking the event loop: ``async with switcher.ause("math") as model``."""
         self._known(task)
         request = await self._turns.enter_async(task)
-        await self._in_thread(request, task, rewrite=False, leave=False)
+        turn = SharedTurn(lambda: self._leave(request), 2)
         try:
+            await self._in_thread(turn, task)
             yield self.model
         finally:
-            self._leave(request)
+            turn.end()
 
-    async def _in_thread(
-        self, request: Request, task: str, *, rewrite: bool, leave: bool
-    ) -> Switch:
-        """Switch on a thread; the turn ends with it, if it fails, is cancelled, or if `leave`."""
-        work = asyncio.ensure_future(asyncio.to_thread(self._switch, task, rewrite=rewrite))
+    async def _in_thread(self, turn: SharedTurn, task: str, *, rewrite: bool = False) -> Switch:
+        """Switch on a thread, which has a part in the turn until it is done."""
+        if self._switching is None:
+            self._switching = ThreadPoolExecutor(1, thread_name_prefix="tallstore-switch")
+            self._stack.callback(self._switching.shutdown)
         try:
-            done = await asyncio.shield(work)
-        except asyncio.CancelledError:
-            # The thread goes on: the turn is over when it is done, not before.
-            work.add_done_callback(lambda _: self._leave(request))
-            raise
+            work = self._switching.submit(self._switch, task, rewrite=rewrite)
         except BaseException:
-            self._leave(request)
+            turn.end()
             raise
-        if leave:
-            self._leave(request)
-        return done
+        work.add_done_callback(lambda _: turn.end())
+        # Shielded, and no task: whatever is cancelled, the loop's end included, it goes on.
+        return await asyncio.shield(asyncio.wrap_future(work))
 
     def prefetch(self, task: str) -> Future[None]:
         """Bring a task's code to the device, while the model is used.
@@ -289,8 +305,7 @@ class TaskSwitcher:
         return self._ahead.submit(bring)
 
     def _known(self, task: str) -> Plan:
-        if self._closed:
-            raise StoreClosedError("this switcher was closed; make another")
+        self._check_open()
         try:
             return self._stock.offer.plans[task]
         except (KeyError, TypeError):
@@ -299,6 +314,15 @@ class TaskSwitcher:
                 f"{self._path}: no task {task!r} is served; there are: {known}. One that was added "
                 "to the store later is there after refresh()"
             ) from None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this switcher was closed; make another")
+        if self._process != os.getpid():
+            raise StoreClosedError(
+                "this switcher was made before the process forked, and its threads are not here; "
+                "make another"
+            )
 
     def _leave(self, request: Request) -> None:
         self._writer.used()
@@ -361,10 +385,9 @@ class TaskSwitcher:
             says what would fit: another switcher, made with it, serves that.
         UnknownTaskError, CorruptStoreError, StoreNotFoundError, DeviceError
         """
-        if self._closed:
-            raise StoreClosedError("this switcher was closed; make another")
-        request = self._turns.enter(None)
-        try:
+        self._check_open()
+        with self._turn(None):
+            self._check_open()
             with ExitStack() as stack, self._as_it_is() as model:
                 writer = self._writer
                 if model.device != self._model.device:
@@ -378,8 +401,6 @@ class TaskSwitcher:
                 self._task = None
                 writer.forget()
             older.offer.store.close()
-        finally:
-            self._leave(request)
 
     @contextmanager
     def _as_it_is(self) -> Iterator[Model]:
@@ -395,10 +416,11 @@ class TaskSwitcher:
         """Give everything back but the model, which stays what it is."""
         if self._closed:
             return
-        request = self._turns.enter(None)
-        self._closed = True
-        self._stock.clear()
-        self._leave(request)
+        with self._turn(None):
+            if self._closed:
+                return
+            self._closed = True
+            self._stock.clear()
         self._stack.close()
 
     def __enter__(self) -> TaskSwitcher:

@@ -11,13 +11,18 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tallstore.errors import OptionError
+from tallstore.interrupts import Held
 
-__all__ = ["Request", "Turns"]
+__all__ = ["Request", "SharedTurn", "Turns"]
+
+#: Seconds until Ctrl-C is listened for.
+_PATIENCE: Final = 0.05
 
 
 @dataclass(eq=False, slots=True)
@@ -82,11 +87,15 @@ class Turns:
                 with contextlib.suppress(ValueError):
                     queue.remove(request)
 
-    def enter(self, task: object) -> Request:
-        """Wait to be let in."""
+    def enter(self, task: object, held: Held) -> Request:
+        """Wait to be let in; Ctrl-C, held back, is heard while waiting."""
         request = self.ask(task)
         try:
-            request.admitted.result()
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    request.admitted.result(_PATIENCE if held.active else None)
+                    break
+                held.hear()
         except BaseException:
             self.leave(request)
             raise
@@ -118,3 +127,20 @@ class Turns:
     def __repr__(self) -> str:
         inside: Any = self._inside.task if self._inside else None
         return f"<Turns {inside!r} inside, {len(self._turn) + len(self._waiting)} waiting>"
+
+
+class SharedTurn:
+    """A turn that several have a part in; it is given up when the last of them ends."""
+
+    def __init__(self, leave: Callable[[], None], parts: int) -> None:
+        self._leave = leave
+        self._parts = parts
+        self._lock = threading.Lock()
+
+    def end(self) -> None:
+        """End a part."""
+        with self._lock:
+            self._parts -= 1
+            last = not self._parts
+        if last:
+            self._leave()
