@@ -21,6 +21,8 @@ from bench.rivals.quantization import tvq
 from bench.rivals.vectors import Coded, Vectors
 
 BUDGETS: Final = (0.03, 0.06, 0.15, 0.35, 1.0, 2.0)
+#: Of distillation.
+STEPS: Final = 100
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,20 @@ class Entrant:
     random: bool = False
     calibrated: bool = False
     """Whether ``make`` takes ``calibrate``: a few inputs of each task, without labels."""
+    distilled: bool = False
+    """Whether it trains with them, and so is given more, in batches."""
     chosen: str = ""
     values: tuple[float, ...] = ()
 
 
-def stored(vectors: Vectors, *, bits_per_weight: float, seed: int, calibrate: Any = None) -> Coded:
+def stored(
+    vectors: Vectors,
+    *,
+    bits_per_weight: float,
+    seed: int,
+    calibrate: Any = None,
+    distil: int | None = None,
+) -> Coded:
     """Pack a zoo with ``code="auto"`` and load every task back from the file.
 
     What tasks have of their own is left out on both sides, as it is for the rivals; bits are all
@@ -60,6 +71,7 @@ def stored(vectors: Vectors, *, bits_per_weight: float, seed: int, calibrate: An
             bits_per_weight=bits_per_weight,
             seed=seed,
             calibrate=calibrate,
+            distil=distil,
         )
         with tallstore.open(path) as store:
             taken = sum(store.stored_bytes(task) for task in tasks)
@@ -86,6 +98,17 @@ def _ours() -> list[Entrant]:
         )
         for name, calibrated in (("tallstore", False), ("tallstore, calibrated", True))
         for b in BUDGETS
+    ] + [
+        Entrant(
+            "tallstore, distilled",
+            f"auto, {b:g} bits",
+            partial(stored, bits_per_weight=b, distil=STEPS),
+            random=True,
+            calibrated=True,
+            distilled=True,
+        )
+        for b in BUDGETS
+        if b < 1
     ]
 
 

@@ -9,8 +9,9 @@ Choices a paper leaves to validation are made on validation items, by what is ke
 reported is measured on test items, once. Codes that take a seed run with three. Bits are those of
 one weight and task, with what all tasks share divided among them; the base, and what a task has of
 its own (heads), are counted for nobody. "Calibrated": biases are corrected with a few training
-inputs of each task, without labels (128 images, 64 texts, 32 windows); all else sees no data but
-for those choices. ``error`` is the standard error of the mean over the
+inputs of each task, without labels (128 images, 64 texts, 32 windows); "distilled": values are
+trained for 100 steps on more of them (512 images, 512 texts, 256 windows). All else sees no data
+but for those choices. ``error`` is the standard error of the mean over the
 tasks: by the choice of test items, and by the seed where there is one.
 """
 
@@ -37,7 +38,8 @@ from bench.rows import RESULTS, context, write
 def _made(judge: Judge, entrant: Entrant, seed: int, value: float | None) -> Coded:
     given: dict[str, Any] = {"seed": seed} if entrant.random else {}
     if entrant.calibrated:
-        given["calibrate"] = partial(judge.family.calibration, cache=judge.cache)
+        some = judge.family.pupil if entrant.distilled else {}
+        given["calibrate"] = partial(judge.family.calibration, cache=judge.cache, **some)
     if value is not None:
         given[entrant.chosen] = value
     return entrant.make(judge.vectors, **given)

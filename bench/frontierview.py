@@ -16,6 +16,7 @@ FLOOR: Final = 0.6
 COLOURS: Final = {
     "tallstore": "#d62728",
     "tallstore, calibrated": "#000000",
+    "tallstore, distilled": "#ff00aa",
     "TALL+TA": "#1f77b4",
     "TALL+TIES": "#17becf",
     "EMR-Merging": "#2ca02c",
@@ -28,7 +29,7 @@ COLOURS: Final = {
     "TVQ": "#393b79",
     "TSV-Compress": "#637939",
 }
-MARKERS: Final = "odDPX*vs^<>ph"
+MARKERS: Final = "odDPX*vs^<>phH"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -29,6 +29,8 @@ class Family:
     zoo: Callable[[Path | None], Zoo]
     calibration: Callable[..., tuple[torch.nn.Module, list[Any]]]
     """Of a task and `cache`: a module, and inputs without labels."""
+    pupil: Mapping[str, int]
+    """How many, and in what batches, to train codes with."""
     validation: int
     """Texts, images or windows a task."""
     test: int
@@ -39,12 +41,27 @@ class Family:
 FAMILIES: Final = {
     family.name: family
     for family in (
-        Family("minilm", minilm.zoo, minilm.calibration, validation=100, test=500),
-        Family("vision", vision.zoo, vision.calibration, validation=200, test=500),
+        Family(
+            "minilm",
+            minilm.zoo,
+            minilm.calibration,
+            {"count": 512, "batch": 32},
+            validation=100,
+            test=500,
+        ),
+        Family(
+            "vision",
+            vision.zoo,
+            vision.calibration,
+            {"count": 512, "batch": 64},
+            validation=200,
+            test=500,
+        ),
         Family(
             "language",
             language.zoo,
             language.calibration,
+            {"count": 256, "batch": 16},
             validation=16,
             test=64,
             classifies=False,

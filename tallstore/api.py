@@ -192,6 +192,7 @@ def pack(
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
     calibrate: Calibrate | None = None,
+    distil: int | None = None,
     vector_dtype: str = "bfloat16",
     exact: bool = False,
     compress: bool = False,
@@ -253,6 +254,11 @@ def pack(
         1906.04721); and ``"auto"`` tries several ways to spend a budget, and takes the one after
         which the module's outputs, taken for logits, diverge least. That takes twice a task's size
         of memory. Not for codes over a shared vector.
+    distil
+        Steps in which coded values, and how long steps of a whole tensor are, are trained on what
+        `calibrate` gives, a batch a step, to make the module's outputs, taken for logits, the
+        original's: some 100, over several hundred inputs. The bits stay what they are; it takes a
+        forward and a backward pass a step, and their memory.
     vector_dtype
         ``"bfloat16"``, ``"float16"`` or ``"float32"``. Masks are made for the rounded vector.
     exact
@@ -302,6 +308,7 @@ def pack(
         bits_per_weight=bits_per_weight,
         max_error=max_error,
         keep=keep,
+        distil=distil,
     )
     if (base is None) == (external_base is None):
         raise OptionError("pack: either a base, or external_base=, is needed")

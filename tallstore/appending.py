@@ -33,6 +33,8 @@ __all__ = ["append_tasks", "options_like"]
 
 #: A newcomer that errs so much more than the tasks a profile was made of gets another bit.
 _MUCH_WORSE: Final = 1.1
+#: What a module of the caller's had a part in.
+_BY_MODULE: Final = frozenset({"corrected", "distil"})
 #: Of what tasks were coded with, what a newcomer is: a share of a score takes an `evaluate`.
 _ALIKE: Final = ("density", "bits", "over", "gain", "bits_per_weight", "max_error")
 
@@ -129,9 +131,9 @@ def append_tasks(
 
 def options_like(catalog: Catalog) -> CodeOptions | None:
     """The options of a store's tasks, where they are coded alike and are appended to."""
-    # How many biases were corrected says nothing of how others are coded.
+    # How codes were made by a module of the caller's says nothing of how others are coded.
     found = [
-        (record.code, {n: v for n, v in (record.parameters or {}).items() if n != "corrected"})
+        (record.code, {n: v for n, v in (record.parameters or {}).items() if n not in _BY_MODULE})
         for record in catalog.tasks.values()
         if record.code != "none"
     ]

@@ -153,6 +153,7 @@ def repack(
     tall_lambda: float | Sequence[float] | None = None,
     evaluate: Evaluate | None = None,
     calibrate: Calibrate | None = None,
+    distil: int | None = None,
     vector_dtype: str | None = None,
     exact: bool | None = None,
     compress: bool = False,
@@ -176,7 +177,7 @@ def repack(
         As for `pack`.
     merge, vector_dtype
         As for `pack`; None: as they are.
-    tall_lambda, evaluate, calibrate, compress
+    tall_lambda, evaluate, calibrate, distil, compress
         As for `pack`.
     exact
         Keep the exact tier; None: if every task has one.
@@ -215,6 +216,7 @@ def repack(
         bits_per_weight=bits_per_weight,
         max_error=max_error,
         keep=keep,
+        distil=distil,
     )
     with ExitStack() as stack:
         return repack_store(

@@ -6,15 +6,21 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from tallstore.codes import SeededPiece
+from tallstore.codes import SEEDED, SeededPiece, SegmentCode, seeded_pieces
 from tallstore.kernels.seeded_reference import SeededTensor, key
+from tallstore.layout import Layout
 
-__all__ = ["seeded_tensor", "support"]
+__all__ = ["Positions", "picked", "seeded_tensor", "support"]
+
+#: Of weights, int64.
+Positions = npt.NDArray[np.int64]
 
 _LOW: Final = 0xFFFFFFFF
 _Words = npt.NDArray[np.uint32]
@@ -55,7 +61,7 @@ def _mix(x: _Words) -> None:
     x ^= x >> np.uint32(16)
 
 
-def support(tensor: SeededTensor) -> npt.NDArray[np.int64]:
+def support(tensor: SeededTensor) -> Positions:
     """Which weights of a tensor have a value: shape (groups,), ascending."""
     first, second = _key(tensor.seed, tensor.number)
     # A piece lies in one span, so that the number of a group has no high half.
@@ -72,3 +78,26 @@ def support(tensor: SeededTensor) -> npt.NDArray[np.int64]:
     found = wide.view(np.int64)
     found += np.arange(0, tensor.groups * tensor.stride, tensor.stride)
     return found
+
+
+def picked(layout: Layout, strides: Mapping[int, int], *, seed: int) -> dict[int, Positions]:
+    """Which weights of some segments have a value, by segment: ascending, counted in the segment.
+
+    Parameters
+    ----------
+    layout
+        The base's.
+    strides
+        By segment.
+    seed
+        The task's.
+    """
+    codes = {n: SegmentCode(n, SEEDED, (0.0, 0.0), stride) for n, stride in strides.items()}
+    parts: dict[int, list[Positions]] = defaultdict(list)
+    for arena in sorted({layout.places[n].arena for n in codes}):
+        record = layout.arenas[arena]
+        for span in range(record.spans):
+            for piece in seeded_pieces(layout, codes, arena, span):
+                tensor = seeded_tensor(piece, seed=seed, arena_span=record.span, span=span)
+                parts[piece.piece.segment].append(support(tensor) + piece.piece.start)
+    return {n: np.concatenate(found) for n, found in parts.items()}

@@ -131,11 +131,11 @@ def evaluate(
 
 
 def calibration(
-    task: str, *, cache: Path | None = None, count: int = 32
+    task: str, *, cache: Path | None = None, count: int = 32, batch: int = 32
 ) -> tuple[torch.nn.Module, list[Tensor]]:
     """Give a model to calibrate with, and windows of a source's training text."""
     corpus = _corpus(task, root_of(cache))
-    return ByteModel(SHAPE), [corpus.windows("train", SHAPE.context, count)]
+    return ByteModel(SHAPE), list(corpus.windows("train", SHAPE.context, count).split(batch))
 
 
 def _train(settings: Settings, start: Mapping[str, Tensor] | None, root: Path) -> dict[str, Tensor]:

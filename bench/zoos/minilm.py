@@ -210,13 +210,15 @@ def evaluate(
 
 
 def calibration(
-    task: str, *, cache: Path | None = None, count: int = 64
+    task: str, *, cache: Path | None = None, count: int = 64, batch: int = 64
 ) -> tuple[torch.nn.Module, list[tuple[Tensor, Tensor]]]:
     """Give an encoder under the task's head, and its first training texts, without labels."""
     root = root_of(cache)
     head = load_file(root / "zoo-minilm" / task / "model.safetensors")
-    ids, mask, _ = _tokenized(task, _task(task, root).train, root, count).batch(range(count))
-    return under_head(_model(0, root), head), [(ids, mask)]
+    found = _tokenized(task, _task(task, root).train, root, count)
+    rows = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    batches = [found.batch(some)[:2] for some in rows]
+    return under_head(_model(0, root), head), batches
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

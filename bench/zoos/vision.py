@@ -147,14 +147,14 @@ def evaluate(
 
 
 def calibration(
-    task: str, *, cache: Path | None = None, count: int = 128
+    task: str, *, cache: Path | None = None, count: int = 128, batch: int = 128
 ) -> tuple[torch.nn.Module, list[Tensor]]:
     """Give an encoder under the task's head, and its first training images, without labels."""
     root = root_of(cache)
     encoder = Classifier(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = load_file(root / "zoo-vision" / task / "model.safetensors")
-    batch = _pixels(_task(task, root).train, slice(0, count))
-    return under_head(encoder, head), [batch]
+    images = _pixels(_task(task, root).train, slice(0, count))
+    return under_head(encoder, head), list(images.split(batch))
 
 
 def _fine_tune(settings: Settings, root: Path) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 
 
 #: Options that try out what tasks are coded with, by a function of the user's.
-_TRIES: Final = ("keep", "evaluate", "calibrate")
+_TRIES: Final = ("keep", "evaluate", "calibrate", "distil")
 
 
 def coding_options(
@@ -96,6 +96,12 @@ def coding_options(
             help="Your function(task) -> (module, batches), inputs without labels: biases are "
             "coded so that the module gives on average what the original gives.",
         ),
+        "distil": click.option(
+            "--distil",
+            type=click.IntRange(1),
+            metavar="STEPS",
+            help="Train coded values for so many steps, such as 100, on what --calibrate gives.",
+        ),
     }
 
     def add(function: _Function) -> _Function:
@@ -116,7 +122,7 @@ def coding_options(
 def coding_values(given: dict[str, Any]) -> dict[str, Any]:
     """Take what `coding_options` gave out of a command's arguments: keyword arguments."""
     names = ("density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep")
-    found = {name: given.pop(name) for name in names if name in given}
+    found = {name: given.pop(name) for name in (*names, "distil") if name in given}
     for name in ("evaluate", "calibrate"):
         if name in given:
             text = given.pop(name)

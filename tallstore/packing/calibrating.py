@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.matching import common_prefix, renamed
@@ -127,6 +128,48 @@ class Calibration:
                 raise self._refused(f"the codes give numbers that are not finite, at {name!r}")
         return found, _distance(given, self._wanted)
 
+    def distance(self, coded: Any) -> float:
+        """How far what the module gives with some weights is from what the original gives.
+
+        Raises
+        ------
+        OptionError
+            The module fails.
+        """
+        return _distance(self._run(coded, "the codes"), self._wanted)
+
+    # -- to train with ----------------------------------------------------------------------
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+        return len(self._batches)
+
+    def loss(self, state: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The same for one batch and a state that may need gradients, by item; not checked."""
+        module, given = self._module, self._batches[batch]
+        there = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = {renamed(name, self._prefix): tensor for name, tensor in state.items()}
+        own = {name: t.to(there[name]) for name, t in named.items() if name in there}
+        arguments, words = _arguments(given)
+        arguments = tuple(map(_trainable, arguments))
+        words = {name: _trainable(value) for name, value in words.items()}
+        found = list(_tensors(functional_call(module, own, arguments, words)))
+        wanted = list(map(_trainable, self._wanted[batch]))
+        items = sum(one.numel() // one.shape[-1] if one.dim() else 1 for one in wanted)
+        return torch.stack(list(map(_divergence, found, wanted))).sum() / max(items, 1)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module as it is when it is used, and as it was afterwards."""
+        modes = [(part, part.training) for part in self._module.modules()]
+        self._module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
     def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
         try:
             module, batches = calibrate(self._task)
@@ -142,10 +185,9 @@ class Calibration:
             )
         return module, given
 
-    def _run(self, state: Any, what: str) -> list[Tensor]:
+    def _run(self, state: Any, what: str) -> list[list[Tensor]]:
         """What the module, as `state` has it, gives for every batch."""
         module = self._module
-        modes = [(part, part.training) for part in module.modules()]
         # None can be written to that was made in inference mode.
         there = [t for t in (*module.parameters(), *module.buffers()) if not t.is_inference()]
         kept = [tensor.detach().clone() for tensor in there]
@@ -154,9 +196,11 @@ class Calibration:
             missing = _missing(module, module.load_state_dict(named, strict=False).missing_keys)
             if missing:
                 raise self._refused(f"the task has no {missing[0]!r}, which the module has")
-            module.eval()
-            with torch.no_grad():
-                return [t for batch in self._batches for t in _tensors(_call(module, batch))]
+            with self.evaluating(), torch.no_grad():
+                return [
+                    [t.detach().clone() for t in _tensors(_call(module, batch))]
+                    for batch in self._batches
+                ]
         except TallstoreError:
             raise
         except Exception as exc:
@@ -165,9 +209,6 @@ class Calibration:
             with torch.no_grad():
                 for tensor, was in zip(there, kept, strict=True):
                     tensor.copy_(was)
-            module.train(modes[0][1])
-            for part, training in modes:
-                part.training = training
 
     @contextmanager
     def _hooked(
@@ -212,38 +253,48 @@ def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
+    arguments, words = _arguments(batch)
+    return module(*arguments, **words)
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def _trainable(value: Any) -> Any:
+    """What takes part in training, also where it was made in inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The numbers that a module gives, in whatever they are."""
+    """The numbers that a module gives, in whatever they are; float32."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output.detach().float().clone()
+            yield output.float()
     elif isinstance(output, Mapping):
         yield from (found for part in output.values() for found in _tensors(part))
     elif isinstance(output, (tuple, list)):
         yield from (found for part in output for found in _tensors(part))
 
 
-def _distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _distance(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> float:
     """Infinite where they are not of the same shapes, or no numbers."""
-    if [one.shape for one in given] != [other.shape for other in wanted]:
+    some, others = ([one for batch in outputs for one in batch] for outputs in (given, wanted))
+    if [one.shape for one in some] != [other.shape for other in others]:
         return math.inf
-    found = sum(map(_divergence, given, wanted))
+    found = sum(map(float, map(_divergence, some, others)))
     return found if math.isfinite(found) else math.inf
 
 
-def _divergence(given: Tensor, wanted: Tensor) -> float:
+def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted || given) of logits on the last axis; of single numbers the squared distance."""
     if not wanted.dim() or wanted.shape[-1] < 2:
-        return float((given - wanted).square().sum())
+        return (given - wanted).square().sum()
     one, other = wanted.log_softmax(-1), given.log_softmax(-1)
     # What is impossible to both takes no part.
-    parts = torch.where(one.isneginf(), 0.0, one.exp() * (one - other))
-    return float(parts.sum())
+    return torch.where(one.isneginf(), 0.0, one.exp() * (one - other)).sum()
 
 
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:

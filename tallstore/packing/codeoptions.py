@@ -20,6 +20,7 @@ _BITS: Final = {"seeded": 4, "levels": 2}
 #: Most bits of a value or a level.
 MOST_BITS: Final = 4
 _MAX_SEED: Final = 1 << 32
+_MOST_STEPS: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class CodeOptions:
     max_error: float | None = None
     keep: float | None = None
     """Share of the fine-tuned model's score; of ``auto``, with `evaluate`."""
+    distil: int | None = None
+    """Steps in which values are trained, with `calibrate`."""
 
     @property
     def stride(self) -> int:
@@ -64,6 +67,7 @@ class CodeOptions:
             "bits_per_weight": self.bits_per_weight if self.keep is None else None,
             "max_error": self.max_error,
             "keep": self.keep,
+            "distil": self.distil,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -104,6 +108,14 @@ def code_options(*, evaluate: bool = False, calibrate: bool = False, **given: An
         raise OptionError(
             f"keep={found.keep}: it takes evaluate(task, state_dict), which scores a task's weights"
         )
+    if found.distil is not None:
+        if type(found.distil) is not int or not 1 <= found.distil <= _MOST_STEPS:
+            raise OptionError(f"distil={found.distil!r}: a number of steps is needed, such as 100")
+        if not calibrate:
+            raise OptionError(
+                f"distil={found.distil}: it takes calibrate(task) -> (module, batches), to train "
+                "values with"
+            )
     if calibrate and found.shared:
         raise OptionError(
             f"calibrate: code={code!r} is over a shared vector, and corrected biases are not "
@@ -132,6 +144,7 @@ def _check_meaning(code: str, given: Mapping[str, Any]) -> None:
         "bits_per_weight": ("auto",),
         "max_error": ("auto",),
         "keep": ("auto",),
+        "distil": ("signs", "seeded", "levels", "auto"),
     }
     defaults = {"over": "none", "gain": DEFAULT_GAIN}
     for name, codes in takes.items():

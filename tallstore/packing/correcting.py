@@ -19,7 +19,7 @@ from tallstore.packing.gathering import Candidate
 from tallstore.packing.target import Target
 from tallstore.specs import TensorSpec, contiguous_stride
 
-__all__ = ["BIAS_BITS", "Correction"]
+__all__ = ["BIAS_BITS", "Correction", "place_of"]
 
 #: Of a corrected bias: rounded to fewer, what it is off by is heard.
 BIAS_BITS: Final = 4
@@ -56,7 +56,7 @@ class Correction:
         self._biases = {
             place: (spec.name, spec.segment)
             for spec in specs
-            if uses[spec.segment] == 1 and (place := _place(candidate, spec)) is not None
+            if uses[spec.segment] == 1 and (place := place_of(candidate, spec)) is not None
         }
 
     def within(self, budget: float | None) -> dict[int, float]:
@@ -109,7 +109,7 @@ class Correction:
         return replace(self._candidate, changed=changed), distance
 
 
-def _place(candidate: Candidate, spec: TensorSpec) -> int | None:
+def place_of(candidate: Candidate, spec: TensorSpec) -> int | None:
     """The base's segment that a tensor is coded over, if it is simply all of it."""
     segment = candidate.source.segments[spec.segment]
     parts = candidate.plan.parts[spec.segment]

@@ -38,7 +38,9 @@ class Draft:
     stride: int = 0
     """Of `SEEDED`."""
     corrected: bool = False
-    """Whether it is of other weights than the checkpoint's; of `SEEDED`."""
+    """Whether it is of other weights than the checkpoint's, which are as long as they must be."""
+    gain: float = 1.0
+    """What its levels are multiplied with beside what the gain rule says."""
     left: bool = False
     """Whether the tensor is left as the base has it: `SPARSE`, and nothing is touched."""
 
@@ -68,7 +70,13 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
     if not stats.moved:  # other bits of the same numbers: the base's will do
         levels = (-0.0,) * (1 if draft.form == SPARSE else 1 << draft.bits)
         return SegmentCode(draft.segment, draft.form, levels, draft.stride)
-    factor = gain_factor(gain, moved=stats.moved, projection=stats.projection, norm=stats.norm)
+    # Levels that were fitted to corrected weights are right as they are.
+    factor = (
+        1.0
+        if draft.corrected
+        else gain_factor(gain, moved=stats.moved, projection=stats.projection, norm=stats.norm)
+    )
+    factor = None if factor is None else factor * draft.gain
     code = None if factor is None else draft.code(factor)
     if code is None and draft.form == SEEDED:
         # Its values are on the disk already, and the next ones' places hang on them.
@@ -117,7 +125,14 @@ class SpanCodes:
         self.values = values
 
     def encode(
-        self, draft: Draft, start: int, moves: Floats, vector: Floats | None, stats: CodeStats
+        self,
+        draft: Draft,
+        start: int,
+        moves: Floats,
+        vector: Floats | None,
+        stats: CodeStats,
+        *,
+        own: Floats,
     ) -> None:
         """Code a run of weights of a dense or sparse segment.
 
@@ -129,6 +144,8 @@ class SpanCodes:
             Task vector, and shared vector or None, of the run; float32.
         stats
             Gets density and the sums of the unscaled codes.
+        own
+            See `encode_values`.
         """
         first = start // 8
         size = np.abs(moves)
@@ -144,6 +161,9 @@ class SpanCodes:
             stats.ones += count
             stats.projection += level * float(size[touched].sum(dtype=np.float64))
             stats.norm += level**2 * count
+            if draft.corrected:
+                given = np.where(negative, np.float32(-level), np.float32(level))
+                stats.own_projection += _dot(given[touched], own[touched])
         elif draft.form == PLANES and self.planes is not None:
             step = None if vector is None else np.abs(vector)
             index = _nearest(size, step, draft.magnitudes)

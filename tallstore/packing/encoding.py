@@ -217,7 +217,7 @@ class TargetEncoder:
             else:
                 step = seen.vector if self.target.shared else None
                 some = None if step is None else step[held.start : held.stop]
-                codes.encode(draft, held.start, moves, some, stats)
+                codes.encode(draft, held.start, moves, some, stats, own=own[held.start : held.stop])
         self._count(found)
         if codes.planes is not None:
             self._planes[arena].put(span, codes.planes.reshape(-1), encoding=BITS)

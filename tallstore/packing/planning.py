@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -23,6 +23,7 @@ from tallstore.packing.calibrating import Calibrate, Calibration
 from tallstore.packing.choices import dense_choice
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.correcting import BIAS_BITS, Correction
+from tallstore.packing.distilling import Distillation
 from tallstore.packing.drafting import fixed_drafts, moving, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
@@ -30,6 +31,7 @@ from tallstore.packing.surveying import survey_candidate, survey_values
 from tallstore.packing.target import Target
 from tallstore.packing.writing import Progress
 from tallstore.progress import Meter
+from tallstore.seeding import picked
 from tallstore.workers import Workers
 
 __all__ = ["DEFAULT_BITS", "Planner", "Trial"]
@@ -62,6 +64,14 @@ class Trial(Protocol):
     def original(self, candidate: Candidate) -> float:
         """The score of a checkpoint as it is."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """What codes are made with, of a caller that has a module to run."""
+
+    correction: Correction
+    distillation: Distillation | None
 
 
 class Planner:
@@ -129,17 +139,33 @@ class Planner:
         """
         options = self._options
         found = self.survey(candidate)
-        correction = None
+        module = None
         if calibrate is not None and trial is not None:
-            calibration = Calibration(candidate.name, calibrate, trial.whole(candidate))
-            correction = Correction(candidate, calibration, trial.coded)
+            module = self._module(candidate, calibrate, trial)
         if options.keep is not None and trial is not None:
-            return self._keeping(candidate, found, trial, correction, exact=exact)
-        target = self.made(candidate, found, options, exact=exact, correction=correction)
+            return self._keeping(candidate, found, trial, module, exact=exact)
+        target = self.made(candidate, found, options, exact=exact, module=module)
         if trial is not None and scored:
             score = trial.score(target, options.code)
             target = replace(target, score=score if math.isfinite(score) else None)
         return target, []
+
+    def _module(self, candidate: Candidate, calibrate: Calibrate, trial: Trial) -> Module:
+        """Ask the caller for a module."""
+        calibration = Calibration(candidate.name, calibrate, trial.whole(candidate))
+        steps = self._options.distil
+        return Module(
+            Correction(candidate, calibration, trial.coded),
+            None
+            if steps is None
+            else Distillation(
+                candidate,
+                calibration,
+                trial.coded,
+                steps=steps,
+                progress=lambda: self._meter.stage(f"distil {candidate.name}", steps),
+            ),
+        )
 
     def survey(self, candidate: Candidate) -> Mapping[int, Magnitudes]:
         """A histogram of each tensor; see `survey_candidate`."""
@@ -158,7 +184,7 @@ class Planner:
         options: CodeOptions,
         *,
         exact: bool,
-        correction: Correction | None = None,
+        module: Module | None = None,
     ) -> Target:
         """The target of a surveyed checkpoint.
 
@@ -167,8 +193,9 @@ class Planner:
         OptionError
             A budget cannot be met, or the caller's module does not do what it is for.
         """
-        if correction is None:
+        if module is None:
             return self._target(candidate, self._drafts(candidate, found, options), options, exact)
+        correction = module.correction
         weights = sum(seen.weights for seen in found.values())
         budget = _budget(options, weights)
         biases = correction.within(budget)
@@ -184,12 +211,31 @@ class Planner:
         if best is None:
             raise RuntimeError("there is always one way")
         _, target, coded = best
-        return replace(
+        target = replace(
             target,
             coded=coded,
             drafts={**(target.drafts or {}), **self._bias_drafts(coded, biases)},
             parameters={**options.record(), "corrected": len(biases)},
         )
+        if module.distillation is not None:
+            return self._distilled(target, module.distillation)
+        return target
+
+    def _distilled(self, target: Target, distillation: Distillation) -> Target:
+        """A target with trained codes, if they do better."""
+        drafts = target.drafts or {}
+        strides = {n: draft.stride for n, draft in drafts.items() if draft.form == SEEDED}
+        places = picked(target.candidate.layout, strides, seed=target.seed)
+        plain = replace(target, exact=False)
+        coded, trained = distillation.trained(plain, places)
+        values = self._values(coded, {n: strides[n] for n in trained if n in strides})
+        for n, seen in values.items():
+            made = seeded_draft(n, seen, drafts[n].bits, drafts[n].stride)
+            trained[n] = replace(made or drafts[n], corrected=True)
+        better = replace(plain, coded=coded, drafts={**drafts, **trained})
+        if not distillation.distance(better) < distillation.distance(plain):
+            return target
+        return replace(better, exact=target.exact)
 
     def _bias_drafts(self, coded: Candidate, biases: Collection[int]) -> Mapping[int, Draft]:
         """All of them, a few bits each; where they are among codes that a hash places, too."""
@@ -236,7 +282,7 @@ class Planner:
         candidate: Candidate,
         found: Mapping[int, Magnitudes],
         trial: Trial,
-        correction: Correction | None,
+        module: Module | None,
         *,
         exact: bool,
     ) -> tuple[Target, list[str]]:
@@ -252,7 +298,7 @@ class Planner:
         target = self._target(candidate, {}, options, True)
         for bits in _LADDER:
             rung = replace(options, bits_per_weight=bits)
-            target = self.made(candidate, found, rung, exact=False, correction=correction)
+            target = self.made(candidate, found, rung, exact=False, module=module)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
                 return replace(target, exact=exact, score=score), []

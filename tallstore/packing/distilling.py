@@ -1,0 +1,252 @@
+"""Values of a code trained to give what the original gives.
+
+A few per cent of a task's weights carry it as they are, made longer (``gain="unbiased"``), but they
+are noise to each other. Trained on inputs that need no labels, with what the original makes of them
+as the target (distillation: Hinton et al., arXiv 1503.02531), the same few take each other into
+account. Their places stay, and so does what they take on disk. Codes that have one step for a whole
+tensor keep their signs, and learn how long it is, as BitDelta's scales do (arXiv 2402.10193,
+section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tallstore.codecs import Bytes
+from tallstore.codes import SEEDED, SPARSE
+from tallstore.dtypes import torch_dtype
+from tallstore.errors import OptionError
+from tallstore.packing.calibrating import Calibration
+from tallstore.packing.correcting import place_of
+from tallstore.packing.drafts import Draft
+from tallstore.packing.gathering import Candidate
+from tallstore.packing.target import Target
+from tallstore.seeding import Positions
+
+__all__ = ["Distillation"]
+
+#: Of a step of Adam: of values in root mean squares of the tensor's, of a gain in itself.
+_RATE: Final = 0.015
+_BETAS: Final = (0.9, 0.95)
+#: A gain that is trained stays above this.
+_LEAST: Final = 0.05
+
+
+class Distillation:
+    """Trains the codes of a checkpoint.
+
+    Parameters
+    ----------
+    candidate
+        The checkpoint.
+    calibration
+        Of its module.
+    load
+        Gives what a target's codes will load as: a state dict.
+    steps
+        How many, a batch each; Adam, with rates that fall along a cosine.
+    progress
+        Called with 1 after each.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        calibration: Calibration,
+        load: Callable[[Target], Any],
+        *,
+        steps: int,
+        progress: Callable[[], Callable[[int], None]],
+    ) -> None:
+        self._candidate = candidate
+        self._calibration = calibration
+        self._load = load
+        self._steps = steps
+        self._progress = progress
+
+    def distance(self, target: Target) -> float:
+        """See `Calibration.distance`."""
+        return self._calibration.distance(self._load(target))
+
+    def trained(
+        self, target: Target, picked: Mapping[int, Positions]
+    ) -> tuple[Candidate, dict[int, Draft]]:
+        """What to code for a target's codes to give what the original gives.
+
+        Parameters
+        ----------
+        picked
+            By segment of the base, which weights have a value each, of all that are `SEEDED`.
+
+        Returns
+        -------
+        Candidate
+            With the trained values where there are some, and the base's weights beside them.
+        dict
+            By segment of the base, how to code what was trained; of `SEEDED` magnitudes are still
+            to be fitted.
+
+        Raises
+        ------
+        OptionError
+            The module fails, or cannot be trained with.
+        """
+        drafts = target.drafts or {}
+        none = {n: Draft(n, SPARSE, cut=math.inf, left=True) for n in drafts}
+        base = self._load(replace(target, coded=None, drafts=none))
+        coded = self._load(target)
+        # Also for a caller in inference mode, whose tensors take no part in training.
+        with torch.inference_mode(False), torch.enable_grad(), self._calibration.evaluating():
+            fixed = {n: t.detach().clone() for n, t in coded.items() if isinstance(t, Tensor)}
+            pupils = [
+                _Pupil(
+                    names, own, drafts[place], picked.get(place), base[names[0]], fixed[names[0]]
+                )
+                for place, (own, names) in self._places().items()
+                if place in drafts and not drafts[place].left
+            ]
+            pupils = [pupil for pupil in pupils if pupil.moved]
+            self._train(pupils, fixed)
+        segments = self._candidate.source.segments
+        changed = {p.own: p.bytes(segments[p.own].dtype) for p in pupils if p.has_values}
+        kept = {} if target.coded is None else target.coded.changed
+        made = {pupil.draft.segment: pupil.draft_of() for pupil in pupils}
+        return replace(self._candidate, changed={**kept, **changed}), made
+
+    def _places(self) -> dict[int, tuple[int, tuple[str, ...]]]:
+        """By segment of the base: the task's own, and the names of its tensors."""
+        found: dict[int, tuple[int, tuple[str, ...]]] = {}
+        for spec in self._candidate.source.tensors:
+            place = place_of(self._candidate, spec)
+            if place is not None and isinstance(spec.name, str):
+                names = found.get(place, (spec.segment, ()))[1]
+                found[place] = spec.segment, (*names, spec.name)
+        return found
+
+    def _train(self, pupils: Sequence[_Pupil], fixed: Mapping[str, Tensor]) -> None:
+        numbers = [number for pupil in pupils for number in pupil.numbers]
+        if not numbers:
+            return
+        optimizer = torch.optim.Adam(numbers, lr=_RATE, betas=_BETAS)
+        advance = self._progress()
+        for step in range(self._steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * _share(step, self._steps)
+            state = dict(fixed)
+            for pupil in pupils:
+                state |= dict.fromkeys(pupil.names, pupil.weights())
+            try:
+                loss = self._calibration.loss(state, step % self._calibration.batches)
+                # Not backward(): what else the module has would get gradients too.
+                found = torch.autograd.grad(loss, numbers, allow_unused=True)
+            except Exception as exc:
+                raise OptionError(
+                    f"distil={self._steps}: the module of task {self._candidate.name!r} cannot be "
+                    f"trained with: {exc}"
+                ) from exc
+            for number, gradient in zip(numbers, found, strict=True):
+                number.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+            optimizer.step()
+            advance(1)
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the rate: up in a tenth of the steps, then down along a cosine."""
+    return min(1.0, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class _Pupil:
+    """A tensor whose code is trained, and its numbers."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        own: int,
+        draft: Draft,
+        picked: Positions | None,
+        base: Tensor,
+        coded: Tensor,
+    ) -> None:
+        self.names = names
+        self.own = own
+        """Segment of the task."""
+        self.draft = draft
+        self._shape = coded.shape
+        # Clones, since what was loaded in inference mode takes no part in training.
+        self._base = base.clone().float().reshape(-1)
+        moved = coded.float().reshape(-1) - self._base
+        self._at: Tensor | None = None
+        if draft.form == SEEDED and picked is not None:
+            # The task may have fewer rows than the base.
+            self._at = torch.from_numpy(picked[picked < moved.numel()])
+        elif draft.form == SPARSE:
+            self._at = moved.nonzero().view(-1)
+        self._moved = moved if self._at is None else moved[self._at]
+        size = float(self._moved.square().mean().sqrt()) if self._moved.numel() else 0.0
+        self.moved = size > 0
+        self._size = size or 1.0
+        self._levels = torch.tensor(_scaled(draft.magnitudes, self._moved.abs() / self._size))
+        self._between = (self._levels[1:] + self._levels[:-1]) / 2
+        self._gain = torch.ones(()).requires_grad_()
+        self.numbers = [self._gain]
+        if self._at is not None:
+            self._values = (self._moved / self._size).requires_grad_()
+            self.numbers.append(self._values)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether weights have values of their own; else they have a gain in common."""
+        return self._at is not None
+
+    def draft_of(self) -> Draft:
+        """How it is to be coded now; of `SEEDED` the magnitudes are fitted to its values."""
+        gain = float(self._gain.detach().clamp(min=_LEAST))
+        if not self.has_values:
+            return replace(self.draft, gain=gain)
+        if self.draft.form == SPARSE:
+            level = float(self._levels[0]) * gain * self._size
+            return replace(self.draft, magnitudes=(level,), cut=level / 2, corrected=True)
+        return replace(self.draft, corrected=True)
+
+    def weights(self) -> Tensor:
+        """Of the tensor, with gradients: of values as if they were not rounded to levels."""
+        gain = self._gain.clamp(min=_LEAST)
+        if self._at is None:
+            return (self._base + gain * self._moved).view(self._shape)
+        values = self._values / gain
+        nearest = self._levels[torch.bucketize(values.detach().abs(), self._between)]
+        rounded = torch.copysign(nearest, values.detach())
+        # To the gradient what rounding adds is a constant (straight through: arXiv 1308.3432).
+        values = gain * (values + (rounded - values.detach()))
+        at = self._base[self._at] + self._size * values
+        return self._base.index_copy(0, self._at, at).view(self._shape)
+
+    def bytes(self, dtype: str) -> Bytes:
+        """The weights as the task's dtype has them."""
+        flat = self.weights().detach().reshape(-1).to(torch_dtype(dtype))
+        found: Bytes = flat.contiguous().view(torch.uint8).numpy()
+        return found
+
+
+def _scaled(magnitudes: Sequence[float], sizes: Tensor) -> list[float]:
+    """Magnitudes as long as those that some sizes were rounded to; the sizes may be a bit off."""
+    there = torch.tensor(magnitudes, dtype=torch.float64)
+    if not sizes.numel():
+        return list(magnitudes)
+    sizes = sizes.double()
+
+    def fitted(factor: float) -> tuple[float, float]:
+        levels = factor * there
+        chosen = there[torch.bucketize(sizes, (levels[1:] + levels[:-1]) / 2)]
+        better = float((sizes @ chosen) / (chosen @ chosen).clamp(min=1e-300))
+        return float((sizes - better * chosen).abs().mean()), better
+
+    # The largest of the sizes is one of the levels.
+    tries = [fitted(float(sizes.max()) / level) for level in magnitudes if level > 0]
+    return [min(tries)[1] * level for level in magnitudes] if tries else list(magnitudes)
