@@ -21,6 +21,11 @@ __all__ = ["MaskReader", "masked_tasks"]
 _Ranges = Mapping[int, list[tuple[int, int]]]
 
 
+def _kind(code: str) -> str:
+    """What a task without masks is."""
+    return "exact differences from the base" if code == "none" else f"coded by {code!r}"
+
+
 def masked_tasks(path: object, catalog: Catalog, wanted: Sequence[str] | None) -> list[str]:
     """The tasks to take masks of: those `wanted`, or all that have masks.
 
@@ -31,7 +36,8 @@ def masked_tasks(path: object, catalog: Catalog, wanted: Sequence[str] | None) -
     """
     having = [name for name, record in catalog.tasks.items() if record.code == "tall"]
     if not having:
-        what = "its tasks are exact differences from the base" if catalog.tasks else "no tasks"
+        kinds = sorted({_kind(record.code) for record in catalog.tasks.values()})
+        what = f"its tasks are {' and '.join(kinds)}" if kinds else "no tasks"
         raise OptionError(
             f"{path}: there are no masks here ({what}); masks come from packing a base and its "
             "fine-tunes together: tallstore pack, or tallstore.pack"
@@ -45,8 +51,8 @@ def masked_tasks(path: object, catalog: Catalog, wanted: Sequence[str] | None) -
     for name in wanted:
         if name in catalog.tasks and name not in having:
             raise OptionError(
-                f"{path}: task {name!r} has no masks, it is an exact difference from the base; "
-                f"leave it out, or pack it together with the others. With masks: "
+                f"{path}: task {name!r} has no masks ({_kind(catalog.tasks[name].code)}); leave it "
+                f"out, or pack it together with the others. With masks: "
                 f"{', '.join(map(repr, having))}"
             )
     return list(wanted)

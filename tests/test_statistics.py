@@ -358,6 +358,10 @@ def test_stores_without_masks(tmp_path: Path) -> None:
     tallstore.save(fine_tune(make_base(), 0), path, task="t")
     with tallstore.open(path) as store, pytest.raises(OptionError, match="exact differences"):
         store.statistics()
+    base = make_base()
+    tallstore.pack(path, base, {"t": fine_tune(base, 0)}, code="signs", overwrite=True)
+    with tallstore.open(path) as store, pytest.raises(OptionError, match="are coded by 'signs'"):
+        store.statistics()
 
 
 def test_a_closed_handle(packed: Path) -> None:

@@ -148,9 +148,14 @@ class Calibration:
     def loss(self, state: Mapping[str, Tensor], batch: int) -> Tensor:
         """The same for one batch and a state that may need gradients, by item; not checked."""
         module, given = self._module, self._batches[batch]
-        there = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        named = {renamed(name, self._prefix): tensor for name, tensor in state.items()}
-        own = {name: t.to(there[name]) for name, t in named.items() if name in there}
+        there = _weights(module)
+        # Tied ones must be one tensor still, wherever they are moved to.
+        moved: dict[int, Tensor] = {}
+        own = {
+            name: moved.setdefault(id(tensor), tensor.to(there[name]))
+            for name, tensor in ((renamed(n, self._prefix), t) for n, t in state.items())
+            if name in there
+        }
         arguments, words = _arguments(given)
         arguments = tuple(map(_trainable, arguments))
         words = {name: _trainable(value) for name, value in words.items()}
@@ -233,16 +238,21 @@ class Calibration:
         return OptionError(f"calibrate({self._task!r}): {why}")
 
 
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are tied by all of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
 def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
     """Of the names that were not loaded those that count.
 
     Weights may be tied to others that were; and whole numbers, such as positions, are made by the
     module itself, if a checkpoint has none.
     """
-    found: dict[str, Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    found = _weights(module)
     lost = set(names)
     loaded = {id(tensor) for name, tensor in found.items() if name not in lost}
     return [

@@ -3,9 +3,8 @@
 A few per cent of a task's weights carry it as they are, made longer (``gain="unbiased"``), but they
 are noise to each other. Trained on inputs that need no labels, with what the original makes of them
 as the target (distillation: Hinton et al., arXiv 1503.02531), the same few take each other into
-account. Their places stay, and so does what they take on disk. Codes that have one step for a whole
-tensor keep their signs, and learn how long it is, as BitDelta's scales do (arXiv 2402.10193,
-section 3.1).
+account. Their places stay, and so does what they take on disk. Dense codes stay what they are, and
+their levels learn how long to be, as BitDelta's scales do (arXiv 2402.10193, section 3.1).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Distillation:
     steps
         How many, a batch each; Adam, with rates that fall along a cosine.
     progress
-        Called with 1 after each.
+        Called when training begins: gives what is called with 1 after each step.
     """
 
     def __init__(
@@ -140,7 +139,11 @@ class Distillation:
                 group["lr"] = _RATE * _share(step, self._steps)
             state = dict(fixed)
             for pupil in pupils:
-                state |= dict.fromkeys(pupil.names, pupil.weights())
+                weights = pupil.weights()
+                for name in pupil.names:
+                    shape = fixed[name].shape
+                    # The same tensor for all names, where it can be: the module may tie them.
+                    state[name] = weights if weights.shape == shape else weights.view(shape)
             try:
                 loss = self._calibration.loss(state, step % self._calibration.batches)
                 # Not backward(): what else the module has would get gradients too.
