@@ -142,7 +142,7 @@ def main() -> None:
     files = (args.results / f"frontier-{name}.json" for name in FAMILIES)
     there = [p for p in files if p.exists()]
     found = {p.stem: _ordered(json.loads(p.read_text())["rows"][1:]) for p in there}
-    print(table([row for rows in found.values() for row in rows]))
+    print(table(_ordered([row for rows in found.values() for row in rows])))
     plot(found, args.results / "frontier.svg")
 
 
