@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "advice",
         "compiling",
         "errors",
+        "interrupts",
         "jit",
         "layout",
         "progress",

@@ -42,11 +42,24 @@ def test_vectors_are_what_all_models_share(vectors: Vectors) -> None:
     assert state["a.weight"].shape == (64, 48) and set(state) == {*vectors.layout.names, "head"}
 
 
+class Net(torch.nn.Module):
+    """What has the tensors of the vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.still = torch.nn.Linear(48, 64), torch.nn.Linear(8, 40, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.still(x[:, :8])], 1)
+
+
 @pytest.mark.parametrize("entrant", entrants(), ids=lambda e: f"{e.name}, {e.setting}")
 def test_every_entrant_runs_with_a_tensor_that_did_not_move(entrant, vectors) -> None:
     given = {"seed": 5} if entrant.random else {}
     if entrant.values:
         given[entrant.chosen] = entrant.values[-1]
+    if entrant.calibrated:
+        given["calibrate"] = lambda _: (Net(), [torch.rand(4, 48)])
     coded = entrant.make(vectors, **given)
     assert set(coded.vectors) == set(vectors.tasks)
     for vector in coded.vectors.values():

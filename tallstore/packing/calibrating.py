@@ -149,17 +149,17 @@ class Calibration:
         """The same for one batch and a state that may need gradients, by item; not checked."""
         module, given = self._module, self._batches[batch]
         there = _weights(module)
-        # Tied ones must be one tensor still, wherever they are moved to.
-        moved: dict[int, Tensor] = {}
-        own = {
-            name: moved.setdefault(id(tensor), tensor.to(there[name]))
-            for name, tensor in ((renamed(n, self._prefix), t) for n, t in state.items())
-            if name in there
-        }
+        # Of those that the module ties one is given, the last, as a state dict is loaded.
+        given_by: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in state.items():
+            own = renamed(name, self._prefix)
+            if own in there:
+                given_by[id(there[own])] = own, tensor.to(there[own])
         arguments, words = _arguments(given)
         arguments = tuple(map(_trainable, arguments))
         words = {name: _trainable(value) for name, value in words.items()}
-        found = list(_tensors(functional_call(module, own, arguments, words)))
+        weights = dict(given_by.values())
+        found = list(_tensors(functional_call(module, weights, arguments, words)))
         wanted = list(map(_trainable, self._wanted[batch]))
         items = sum(one.numel() // one.shape[-1] if one.dim() else 1 for one in wanted)
         return torch.stack(list(map(_divergence, found, wanted))).sum() / max(items, 1)
