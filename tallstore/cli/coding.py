@@ -121,8 +121,10 @@ def coding_options(
 
 def coding_values(given: dict[str, Any]) -> dict[str, Any]:
     """Take what `coding_options` gave out of a command's arguments: keyword arguments."""
-    names = ("density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep")
-    found = {name: given.pop(name) for name in (*names, "distil") if name in given}
+    names = (
+        "density", "bits", "over", "gain", "seed", "bits_per_weight", "max_error", "keep", "distil"
+    )  # fmt: skip
+    found = {name: given.pop(name) for name in names if name in given}
     for name in ("evaluate", "calibrate"):
         if name in given:
             text = given.pop(name)

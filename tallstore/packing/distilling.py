@@ -153,6 +153,7 @@ class Distillation:
                     f"distil={self._steps}: the module of task {self._candidate.name!r} cannot be "
                     f"trained with: {exc}"
                 ) from exc
+            # A batch that says nothing finite teaches nothing; `distance` has the last word.
             for number, gradient in zip(numbers, found, strict=True):
                 number.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()

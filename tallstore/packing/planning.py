@@ -67,7 +67,7 @@ class Trial(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class _Teaching:
     """What codes are made with, of a caller that has a module to run."""
 
     correction: Correction
@@ -150,11 +150,11 @@ class Planner:
             target = replace(target, score=score if math.isfinite(score) else None)
         return target, []
 
-    def _module(self, candidate: Candidate, calibrate: Calibrate, trial: Trial) -> Module:
+    def _module(self, candidate: Candidate, calibrate: Calibrate, trial: Trial) -> _Teaching:
         """Ask the caller for a module."""
         calibration = Calibration(candidate.name, calibrate, trial.whole(candidate))
         steps = self._options.distil
-        return Module(
+        return _Teaching(
             Correction(candidate, calibration, trial.coded),
             None
             if steps is None
@@ -184,7 +184,7 @@ class Planner:
         options: CodeOptions,
         *,
         exact: bool,
-        module: Module | None = None,
+        module: _Teaching | None = None,
     ) -> Target:
         """The target of a surveyed checkpoint.
 
@@ -282,7 +282,7 @@ class Planner:
         candidate: Candidate,
         found: Mapping[int, Magnitudes],
         trial: Trial,
-        module: Module | None,
+        module: _Teaching | None,
         *,
         exact: bool,
     ) -> tuple[Target, list[str]]:
