@@ -26,8 +26,10 @@ def placed_kernel(
     table,
     addresses,
     stops,
+    blocks,
     PLANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    LISTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -37,6 +39,11 @@ def placed_kernel(
     """One block of weights; see `reconstruct_placed`."""
     tile = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + tile)
+    if LISTED:
+        number, tile = tile, tl.load(blocks + tile).to(tl.int64)
+        # So that what is listed is found by the block of the arena, as the base is.
+        planes += (number - tile) * (BLOCK // 8)
+        rows += number - tile
     stop = tl.load(stops + row)
     address = tl.load(addresses + row)
     if ALIGNED:
@@ -64,6 +71,7 @@ def reconstruct_placed(
     rows: torch.Tensor,
     addresses: torch.Tensor,
     stops: torch.Tensor,
+    blocks: torch.Tensor | None,
     *,
     dtype: torch.dtype,
     aligned: bool,
@@ -88,17 +96,19 @@ def reconstruct_placed(
         int64, shape (R,): where weight 0 of the arena would be, were it of that tensor.
     stops
         int64, shape (R,): where the tensor ends, counted in the arena; 0: it is left alone.
+    blocks
+        int32: the blocks of the arena that `planes` and `rows` have, which are of these alone then;
+        None: all of them.
     dtype
         Of all the tensors, one of the three.
     aligned
         Whether every address is a multiple of 16.
     """
-    blocks = rows.numel()
-    if not blocks:
+    if not rows.numel():
         return
     count = planes.shape[0]
     with launching_on(base):
-        placed_kernel[(blocks,)](
+        placed_kernel[(rows.numel(),)](
             base,
             planes,
             planes.stride(0) if count > 1 else 0,
@@ -107,8 +117,10 @@ def reconstruct_placed(
             table,
             addresses,
             stops,
+            blocks,
             PLANES=count,
             VECTOR=vector is not None,
+            LISTED=blocks is not None,
             ALIGNED=aligned,
             BLOCK=BLOCK,
             LANES=lanes(base.dtype, None if vector is None else vector.dtype, dtype),

@@ -91,6 +91,11 @@ class SeededCode:
         """B, bits a value."""
         return self.planes.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.planes.nbytes + self.table.nbytes + self.index.nbytes + self.owners.nbytes
+
     def to(self, device: torch.device | str) -> SeededCode:
         """The same code on a device."""
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}

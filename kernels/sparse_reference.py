@@ -62,6 +62,12 @@ class SparseCode:
         """Groups of the arena; the last may be short."""
         return -(-self.weights // GROUP)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        rows = 0 if self.rows is None else self.rows.nbytes
+        return self.entries.nbytes + self.starts.nbytes + self.table.nbytes + rows
+
     def to(self, device: torch.device | str) -> SparseCode:
         """The same code on a device."""
         return replace(

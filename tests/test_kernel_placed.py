@@ -28,15 +28,20 @@ def outs(dtype: torch.dtype, *, shift: int = 0) -> list[torch.Tensor]:
     return [poison(n + shift + 9, dtype=dtype)[shift : shift + n] for _, n in RUNS]
 
 
-def placed(tensors: Sequence[torch.Tensor]) -> Places:
+def placed(tensors: Sequence[torch.Tensor], *, alone: bool = False) -> Places:
     firsts = [first for first, _ in RUNS]
-    return place(list(zip(firsts, tensors, strict=True)), WEIGHTS)
+    return place(list(zip(firsts, tensors, strict=True)), WEIGHTS, alone=alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_plain_forms_bits(backend: str, count: int) -> None:
+def test_the_plain_forms_bits(backend: str, count: int, alone: bool) -> None:
     planes = draw_bytes(count, WEIGHTS // 8)
+    kept = planes
+    if alone:
+        blocks = [(first // 8, -(-(first + n) // BLOCK) * BLOCK // 8) for first, n in RUNS]
+        kept = torch.cat([planes[:, start:stop] for start, stop in blocks], dim=1)
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(len(RUNS) + 1, 1 << count, generator=generator).to(DEVICE)
     for base_dtype, vector_dtype, dtype in itertools.product(FLOATS, (None, *FLOATS), FLOATS):
@@ -44,9 +49,9 @@ def test_the_plain_forms_bits(backend: str, count: int) -> None:
         vector = None if vector_dtype is None else draw(WEIGHTS, vector_dtype, seed=5)
         for shift in (0, 3):
             found = outs(dtype, shift=shift)
-            places = placed(found)
+            places = placed(found, alone=alone)
             assert places.aligned == (shift == 0)
-            reconstruct_placed(base, planes, vector, table, places, backend=backend)
+            reconstruct_placed(base, kept, vector, table, places, backend=backend)
             for row, ((first, n), out) in enumerate(zip(RUNS, found, strict=True)):
                 at = slice(first, first + n)
                 wanted = reference.reconstruct(
@@ -101,10 +106,12 @@ def test_sixteen_bytes_at_once_for_every_architecture() -> None:
                 "table": "*fp32",
                 "addresses": "*i64",
                 "stops": "*i64",
+                "blocks": "*i32",
             },
             constants={
                 "PLANES": 1,
                 "VECTOR": True,
+                "LISTED": listed,
                 "ALIGNED": True,
                 "BLOCK": BLOCK,
                 "LANES": 16 // dtype.itemsize,
@@ -113,6 +120,7 @@ def test_sixteen_bytes_at_once_for_every_architecture() -> None:
             },
         )
         for dtype in (torch.bfloat16, torch.float32)
+        for listed in (False, True)
     ]
     for case, built in zip(cases, compile_cases(cases), strict=True):
         assert [one.target for one in built] == list(CUDA)

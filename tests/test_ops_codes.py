@@ -12,7 +12,7 @@ from serving_helpers import CPU_BACKENDS
 from zoo import bits
 
 from tallstore import ops
-from tallstore.errors import MismatchError, OptionError
+from tallstore.errors import DeviceError, MismatchError, OptionError
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
 
 pytest.importorskip("triton")
@@ -263,3 +263,33 @@ def test_counts_refuse_what_does_not_fit() -> None:
     for kind, call, message in cases:
         with pytest.raises(kind, match=message):
             call()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    numels=st.lists(st.integers(0, 6000), max_size=4),
+    stride=st.integers(1, 3000),
+    count=st.integers(1, 4),
+    turned=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_places_of_seeded_values(
+    numels: list[int], stride: int, count: int, turned: bool, seed: int
+) -> None:
+    code = seeded(numels, stride, count, seed)
+    if turned:
+        tensors = code.tensors[::-1]
+        planes = draw_planes(count, value_groups(tensors)[-1], seed, 0.5)
+        code = build(tensors, planes, code.table, code.weights)
+    base = draw(code.weights, torch.float32, seed)
+    wanted = base.clone()
+    ops.apply_sparse(code, base, wanted, backend="reference")
+    for backend in CPU_BACKENDS:
+        found = ops.locate_seeded(code, backend=backend)
+        assert found.entries.numel() == sum(tensor.groups for tensor in code.tensors)
+        for other in (*CPU_BACKENDS, "reference"):
+            out = base.clone()
+            ops.apply_sparse(found, base, out, backend=other)
+            assert bits(out) == bits(wanted), (backend, other)
+    with pytest.raises(DeviceError, match="on the CPU; move the code"):
+        ops.locate_seeded(code, backend="reference")

@@ -19,7 +19,7 @@ from tallstore.errors import DeviceError
 from tallstore.kernels import reference, seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
 from tallstore.ops import programs
-from tallstore.ops.programs import Planes, Touches, Work, words
+from tallstore.ops.programs import PIECE, Applied, Planes, Start, Touches, located
 
 assert compiling.load()
 
@@ -37,10 +37,10 @@ def draw_planes(generator: np.random.Generator, count: int, n: int, density: flo
     return torch.from_numpy(np.packbits(found, axis=1, bitorder="little"))
 
 
-def by_threads(work: Work | None, threads: int) -> None:
-    if work is not None:
+def by_threads(start: Start | None, threads: int) -> None:
+    if start is not None:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(work) for _ in range(threads)]:
+            for done in [pool.submit(start.work) for _ in range(threads)]:
                 done.result()
 
 
@@ -71,7 +71,7 @@ def test_planes_of_many_tensors(
         parts.append((base, planes, step, row, torch.empty(n, dtype=dtypes[1])))
         line = levels[row].tolist()
         wanted.append(reference.reconstruct(base, planes, step, line, dtypes[1]))
-    by_threads(Planes(parts, levels).start(), threads)
+    by_threads(Start(Planes(parts, levels).start(), 0), threads)
     assert [bits(part[-1]) for part in parts] == [bits(tensor) for tensor in wanted]
 
 
@@ -90,45 +90,88 @@ def code_of(generator: np.random.Generator, kind: str, n: int) -> Any:
     count = int(generator.integers(1, 5))
     planes = draw_planes(generator, count, value_groups(tensors)[-1], 0.5)
     table = torch.from_numpy(generator.standard_normal((len(tensors), 1 << count), np.float32))
-    return build(tensors, planes, table, n)
+    code = build(tensors, planes, table, n)
+    return located(code) if kind == "located" else code
 
 
 def plain(code: Any) -> Any:
     return sparse_reference if isinstance(code, ops.SparseCode) else seeded_reference
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=4),
-    kinds=st.lists(st.sampled_from(["sparse", "seeded", "none"]), min_size=3, max_size=3),
+    kinds=st.lists(
+        st.lists(st.sampled_from(["sparse", "seeded", "located", "none", "unknown"]), min_size=4),
+        min_size=3,
+        max_size=3,
+    ),
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 2),
+    keeps=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_from_code_to_code(
     sizes: list[int],
-    kinds: list[str],
+    kinds: list[list[str]],
     dtypes: tuple[torch.dtype, torch.dtype],
+    keeps: bool,
     threads: int,
     seed: int,
 ) -> None:
-    """Each tensor goes through three codes in turn, "none" being the base."""
+    """Each tensor goes through three codes: "none" is the base, "unknown" is left to the next."""
     generator = np.random.default_rng(seed)
     bases = [draw(generator, n, dtypes[0]) for n in sizes]
-    outs = [base.to(dtypes[1]).clone() for base in bases]
-    before: list[Any] = [None] * len(sizes)
+    outs = [torch.full((n,), 7.0, dtype=dtypes[1]) for n in sizes]
+    before: list[Applied] = []
     for kind in kinds:
-        codes = [None if kind == "none" else code_of(generator, kind, n) for n in sizes]
-        touches = Touches()
-        for old, new, base, out in zip(before, codes, bases, outs, strict=True):
-            touches.add(*(None if c is None else words(c) for c in (old, new)), base, out)
-        by_threads(touches.start(), threads)
-        for code, base, out in zip(codes, bases, outs, strict=True):
+        chosen = [
+            (None if name == "none" else code_of(generator, name, base.numel()), base, out)
+            for name, base, out in zip(kind, bases, outs, strict=False)
+            if name != "unknown"
+        ]
+        after = []
+        # Two programs, as two arenas have.
+        for parts in (chosen[:1], chosen[1:]):
+            if parts:
+                program = Touches(parts)
+                kept = np.empty(program.under, np.uint8) if keeps else None
+                by_threads(program.start(before, kept), threads)
+                after.append(Applied(program, kept))
+        for code, base, out in chosen:
             wanted = base.to(dtypes[1]).clone()
             if code is not None:
                 plain(code).apply(code, base, wanted)
             assert bits(out) == bits(wanted)
-        before = codes
+        before = after
+
+
+@pytest.mark.parametrize("stride", [1, 3, 50, 5000, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("n", [PIECE - 5, 3 * PIECE + 4097])
+def test_seeded_values_of_large_tensors(n: int, stride: int) -> None:
+    """Pieces of a tensor, which threads do, end in the middle of a group of seeded values."""
+    generator = np.random.default_rng(stride)
+    first = 1024 * 77
+    tensors = [
+        SeededTensor(seed=9, number=4, stride=stride, offset=first, numel=n - first),
+        SeededTensor(seed=8, number=3, stride=7, offset=0, numel=first - 3),
+    ]
+    planes = draw_planes(generator, 3, value_groups(tensors)[-1], 0.5)
+    code = build(
+        tensors, planes, torch.from_numpy(generator.standard_normal((2, 8), np.float32)), n
+    )
+    base = draw(generator, n, torch.float32)
+    wanted = base.clone()
+    plain(code).apply(code, base, wanted)
+    out = base.clone()
+    program = Touches([(code, base, out)])
+    kept = np.empty(program.under, np.uint8)
+    by_threads(program.start(kept=kept), 2)
+    assert bits(out) == bits(wanted)
+    by_threads(Touches([(None, base, out)]).start([Applied(program, kept)]), 2)
+    assert bits(out) == bits(base)
+    sparse_reference.apply(located(code), base, out)
+    assert bits(out) == bits(wanted)
 
 
 def test_what_torch_makes_of_nan() -> None:

@@ -47,7 +47,8 @@ def forms(switcher: TaskSwitcher) -> Counter[type]:
 CODES: dict[str, tuple[dict[str, Any], set[type]]] = {
     "tall": ({}, {PlanesForm}),
     "signs": ({"code": "signs"}, {SparseCode}),
-    "seeded": ({"code": "seeded"}, {SeededCode}),
+    "seeded": ({"code": "seeded"}, {SparseCode if DEVICE == "cpu" else SeededCode}),
+    "much seeded": ({"code": "seeded", "density": 0.8}, {SeededCode}),
     "levels": ({"code": "levels"}, {PlanesForm}),
     "int8 vector": ({"vector_dtype": "int8"}, {PlanesForm}),
     "int4 vector": ({"vector_dtype": "int4"}, {PlanesForm}),

@@ -19,6 +19,7 @@ from zoo import fine_tune, make_base
 import tallstore
 from tallstore.errors import StoreClosedError
 from tallstore.interrupts import Held
+from tallstore.ops import programs
 from tallstore.serving import TaskSwitcher
 from tallstore.serving import forms as forms_module
 from tallstore.serving.model import Model
@@ -167,15 +168,20 @@ def test_a_first_write_that_fails_can_be_made_again(
     base = make_base()
     tallstore.pack(store, base, {"a": fine_tune(base, 1)}, code="signs")
     with TaskSwitcher(Net(make_base()).to(DEVICE), store) as switcher:
-        real, calls = forms_module._touched, [0]
+        calls = [0]
 
-        def touched(*args: Any) -> int:
-            calls[0] += 1
-            if calls[0] == 3:
-                raise MemoryError("no room")
-            return real(*args)
+        def failing(real: Any) -> Any:
+            def call(*args: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == 3:
+                    raise MemoryError("no room")
+                return real(*args)
 
-        monkeypatch.setattr(forms_module, "_touched", touched)
+            return call
+
+        # One for the compiled loops, one for the others.
+        monkeypatch.setattr(programs, "words", failing(programs.words))
+        monkeypatch.setattr(forms_module, "density", failing(forms_module.density))
         with pytest.raises(MemoryError):
             switcher.switch("a")
         switcher.switch("a")

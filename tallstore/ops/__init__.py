@@ -16,7 +16,7 @@ from tallstore.ops.counting import (
     use_histogram,
 )
 from tallstore.ops.encoding import LevelSums, TallSums, encode_levels, encode_tall, reduce_sums
-from tallstore.ops.placed import Places, place, reconstruct_placed
+from tallstore.ops.placed import Places, listed, place, reconstruct_placed
 from tallstore.ops.quantized import dequantize
 from tallstore.ops.reconstruction import TALL_LEVELS, reconstruct
 from tallstore.ops.residual import add_residual
@@ -29,6 +29,7 @@ from tallstore.ops.sparse import (
     compress_planes,
     density,
     expand_sparse,
+    locate_seeded,
     restore_sparse,
     switch_sparse,
 )
@@ -54,6 +55,8 @@ __all__ = [
     "encode_levels",
     "encode_tall",
     "expand_sparse",
+    "listed",
+    "locate_seeded",
     "mask_overlaps",
     "place",
     "reconstruct",

@@ -14,7 +14,7 @@ from tallstore.kernels.seeded_reference import SeededCode, value_groups
 from tallstore.kernels.sparse_reference import BLOCK, GROUP, SparseCode
 from tallstore.seeding import support
 
-__all__ = ["apply", "restore", "switch"]
+__all__ = ["apply", "located", "restore", "switch"]
 
 _Where = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float32]
@@ -45,17 +45,41 @@ def _steps(code: SparseCode | SeededCode, at: _Where) -> _Floats:
 
 
 def _seeded_steps(code: SeededCode) -> _Floats:
-    planes, table = code.planes.numpy(), code.table.numpy()
-    parts = []
-    for row, (tensor, start) in enumerate(
-        zip(code.tensors, value_groups(code.tensors), strict=False)
-    ):
-        codes = np.zeros(tensor.groups, np.uint8)
-        for k, plane in enumerate(planes):
-            bits = np.unpackbits(plane[start // 8 :], count=tensor.groups, bitorder="little")
-            codes |= bits << np.uint8(k)
-        parts.append(np.take(table[row], codes))
+    table = code.table.numpy()
+    parts = [np.take(table[row], _seeded_codes(code, row)) for row in range(len(code.tensors))]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def _seeded_codes(code: SeededCode, number: int) -> npt.NDArray[np.uint8]:
+    """Codes of the values of one of its tensors."""
+    groups, start = code.tensors[number].groups, value_groups(code.tensors)[number]
+    codes = np.zeros(groups, np.uint8)
+    for k, plane in enumerate(code.planes.numpy()):
+        codes |= np.unpackbits(plane[start // 8 :], count=groups, bitorder="little") << np.uint8(k)
+    return codes
+
+
+def located(code: SeededCode) -> SparseCode:
+    """See `tallstore.ops.locate_seeded`; nothing is checked here."""
+    order = sorted(range(len(code.tensors)), key=lambda n: code.tensors[n].offset)
+    at, codes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)]
+    rows = np.zeros(-(-code.weights // BLOCK), np.int32)
+    for row, number in enumerate(order):
+        tensor = code.tensors[number]
+        at.append(support(tensor) + tensor.offset)
+        codes.append(_seeded_codes(code, number).astype(np.uint16))
+        rows[tensor.offset // BLOCK : -(-(tensor.offset + tensor.numel) // BLOCK)] = row
+    places, values = np.concatenate(at), np.concatenate(codes)
+    entries = (places & (GROUP - 1)).astype(np.uint16) | values << np.uint16(12)
+    firsts = np.arange(-(-code.weights // GROUP) + 1) * GROUP
+    return SparseCode(
+        entries=torch.from_numpy(entries.view(np.int16)),
+        starts=torch.from_numpy(np.searchsorted(places, firsts)),
+        table=code.table[order],
+        rows=None if len(order) == 1 else torch.from_numpy(rows),
+        bits=code.bits,
+        weights=code.weights,
+    )
 
 
 def _put(at: _Where, values: torch.Tensor, out: torch.Tensor) -> None:

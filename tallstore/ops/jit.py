@@ -15,17 +15,22 @@ from numba import types
 from numba.extending import overload
 
 from tallstore.jit import array_at, compiled
-from tallstore.ops.programs import APPLY, RESTORE, RESTORE_SEEDED, SWITCH
+from tallstore.ops.programs import PIECE, POSITIONS
 from tallstore.ops.wide import LINE, WIDTH, draw, fence, fetch, write
 
-__all__ = ["run_planes", "run_touches"]
+__all__ = ["locate", "run_planes", "run_touches"]
 
 #: Weights of a group of `SparseCode`, and (as a shift) of a block of its rows.
 _GROUP: Final = 4096
 _BLOCK: Final = 10
+#: Of an entry of one: its place in the group, and (as a shift) its code.
+_WITHIN: Final = np.uint16(_GROUP - 1)
+_CODE: Final = np.uint16(12)
 #: Words of a plane whose weights are on their way into the nearest cache: a part of it.
 _FETCHED: Final = 32
-#: Values of a seeded tensor that are placed in one go.
+#: Blocks of a group.
+_BLOCKS: Final = _GROUP >> _BLOCK
+#: Seeded values that are placed in one go.
 _STEP: Final = 1024
 #: What torch rounds a NaN to in bfloat16: it depends on the processor.
 _NAN: Final = int(torch.full((64,), torch.nan).to(torch.bfloat16).view(torch.int16)[0]) & 0xFFFF
@@ -38,6 +43,11 @@ def _wide(weight: Any) -> Any:
 
 def _narrow(value: Any, like: Any) -> Any:
     """A float32, rounded to what an array of weights holds."""
+    raise NotImplementedError
+
+
+def _as(weight: Any, like: Any) -> Any:
+    """A weight as an array of weights holds it."""
     raise NotImplementedError
 
 
@@ -65,6 +75,14 @@ def _narrow_to(value: Any, like: Any) -> Any:
         return near if value == value else np.uint16(_NAN)
 
     return rounded
+
+
+@overload(_as, strict=False)
+def _as_of(weight: Any, like: Any) -> Any:
+    if weight == like.dtype:
+        # With what a NaN carries.
+        return lambda weight, like: weight
+    return lambda weight, like: _narrow(_wide(weight), like)
 
 
 @overload(_times, strict=False)
@@ -227,51 +245,6 @@ def _four_planes(
 
 
 @compiled
-def _apply_group(
-    group: Any, entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any
-) -> None:
-    first = group * _GROUP
-    for n in range(starts[group], starts[group + 1]):
-        entry = np.int64(entries[n])
-        at = first + (entry & (_GROUP - 1))
-        row = rows[at >> _BLOCK] if rows.size else 0
-        out[at] = _narrow(_wide(source[at]) + table[row, entry >> 12], out)
-
-
-@compiled
-def _restore_group(group: Any, entries: Any, starts: Any, base: Any, out: Any) -> None:
-    first = group * _GROUP
-    for n in range(starts[group], starts[group + 1]):
-        at = first + (np.int64(entries[n]) & (_GROUP - 1))
-        out[at] = _narrow(_wide(base[at]), out)
-
-
-@compiled
-def _sparse_apply(entries: Any, starts: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
-    """The touched weights become what `source` has there + level."""
-    for group in range(starts.size - 1):
-        _apply_group(group, entries, starts, table, rows, source, out)
-
-
-@compiled
-def _sparse_restore(entries: Any, starts: Any, base: Any, out: Any) -> None:
-    """The touched weights become the base."""
-    for group in range(starts.size - 1):
-        _restore_group(group, entries, starts, base, out)
-
-
-@compiled
-def _sparse_switch(
-    old: Any, old_starts: Any,
-    entries: Any, starts: Any, table: Any, rows: Any, base: Any, source: Any, out: Any,
-) -> None:  # fmt: skip
-    """Both, a group at a time: what the first touched is still in the cache for the second."""
-    for group in range(starts.size - 1):
-        _restore_group(group, old, old_starts, base, out)
-        _apply_group(group, entries, starts, table, rows, source, out)
-
-
-@compiled
 def _mix(x: Any) -> Any:
     x = np.uint32(x ^ x >> np.uint32(16))
     x = np.uint32(x * np.uint32(0x7FEB352D))
@@ -281,65 +254,163 @@ def _mix(x: Any) -> Any:
 
 
 @compiled
-def _positions(low: Any, high: Any, stride: Any, numel: Any, one: Any, two: Any, at: Any) -> None:
-    """Which weights of a tensor have the values of groups low .. high - 1.
+def _hash(low: Any, one: Any, two: Any) -> Any:
+    return _mix(np.uint32(_mix(np.uint32(np.uint32(low) ^ one)) ^ two))
 
-    In a loop of its own, which the processor works off many at a time: reads and writes that wait
-    for a hash each would wait for memory one after the other.
+
+@compiled
+def _within(h: Any, size: Any) -> Any:
+    return np.int64(np.uint64(h) * np.uint64(size) >> np.uint64(32))
+
+
+@compiled
+def _place(row: Any, group: Any) -> Any:
+    """Which weight of a seeded tensor has the value of a group."""
+    stride, size = row[3], min(row[3], row[2] - group * row[3])
+    h = _hash(group & 0xFFFFFFFF, np.uint32(row[4]), np.uint32(row[5] ^ group >> 32))
+    return group * stride + _within(h, size)
+
+
+@compiled
+def _places(row: Any, low: Any, high: Any, shift: Any, hashes: Any, at: Any) -> None:
+    """The same of groups low .. high - 1, plus `shift`.
+
+    In loops of their own, which the processor works off many at a time.
     """
-    for group in range(low, high):
-        number = np.uint64(group)
-        h = _mix(np.uint32(np.uint32(number) ^ np.uint32(one)))
-        h = _mix(np.uint32(h ^ np.uint32(two) ^ np.uint32(number >> np.uint64(32))))
-        size = min(stride, numel - group * stride)
-        within = np.int64(np.uint64(h) * np.uint64(size) >> np.uint64(32))
-        at[group - low] = group * stride + within
+    stride, one = row[3], np.uint32(row[4])
+    start = low
+    while start < high:
+        # The high half of a group's number is the same for 2**32 of them.
+        stop = min(high, ((start >> 32) + 1) << 32)
+        two, number = np.uint32(row[5] ^ start >> 32), np.uint32(start & 0xFFFFFFFF)
+        for n in range(stop - start):
+            hashes[start - low + n] = _hash(np.uint32(number + np.uint32(n)), one, two)
+        start = stop
+    first = low * stride + shift
+    for n in range(high - low):
+        at[n] = first + n * stride + _within(hashes[n], stride)
+    if high * stride > row[2]:
+        at[high - low - 1] = _place(row, high - 1) + shift
 
 
 @compiled
-def _steps(planes: Any, levels: Any, first: Any, count: Any, codes: Any, steps: Any) -> None:
-    """The levels of some values in a row, from a whole byte of the planes on."""
-    codes[:] = 0
+def _values(row: Any, octets: Any, first: Any, count: Any, values: Any) -> None:
+    """Codes of a row's values, as entries have them; values[0] is of one at a word's start."""
+    planes = array_at(row[7], row[8] * row[9], octets).reshape((row[8], row[9]))
+    values[:] = 0
     for k in range(planes.shape[0]):
-        for byte in range((count + 7) // 8):
-            bits = planes[k, first // 8 + byte]
-            for j in range(8):
-                codes[8 * byte + j] |= (bits >> np.uint8(j) & np.uint8(1)) << np.uint8(k)
-    for n in range(count):
-        steps[n] = levels[codes[n]]
+        for w in range((first % 32 + count + 31) // 32):
+            bits = _word(planes[k], (first // 32 + w) * 4)
+            for j in range(32):
+                values[32 * w + j] |= np.uint16(_bit(bits, j)) << np.uint16(_CODE + k)
 
 
 @compiled
-def _seeded_apply(
-    offset: Any, numel: Any, stride: Any, one: Any, two: Any, start: Any,
-    planes: Any, levels: Any, source: Any, out: Any,
-) -> None:  # fmt: skip
-    """The weights of one seeded tensor that have a value become what `source` has + level."""
-    groups = (numel + stride - 1) // stride
-    where, codes = np.empty(_STEP, np.int64), np.empty(_STEP, np.uint8)
-    steps = np.empty(_STEP, np.float32)
-    for low in range(0, groups, _STEP):
-        high = min(low + _STEP, groups)
-        _positions(low, high, stride, numel, one, two, where)
-        _steps(planes, levels, start + low, high - low, codes, steps)
-        for n in range(high - low):
-            at = offset + where[n]
-            out[at] = _narrow(_wide(source[at]) + steps[n], out)
+def locate(
+    codes: Any, first: Any, stop: Any, lo: Any, hi: Any, octets: Any,
+    entries: Any, starts: Any, rows: Any,
+) -> Any:  # fmt: skip
+    """Seeded values of weights lo .. hi - 1 as a `SparseCode` has them, places counted from `lo`.
+
+    Parameters
+    ----------
+    codes, first, stop
+        The rows of `ops.programs.Words`, in the order of their weights, and which ones.
+    lo, hi
+        A multiple of the weights of a group; the weight after the last.
+    octets
+        An empty array of uint8.
+    entries, starts, rows
+        Take the entries, the first of each group and after the last, and the row of the levels of
+        each block, counted from `first`.
+
+    Returns
+    -------
+    int
+        How many values `codes` has before these.
+    """
+    hashes, at = np.empty(_STEP, np.uint32), np.empty(_STEP, np.int64)
+    values = np.empty(_STEP + 32, np.uint16)
+    before, count, group = -1, 0, 0
+    rows[:] = 0
+    for n in range(first, stop):
+        row = codes[n]
+        offset, stride = row[1], row[3]
+        low, high = max(lo - offset, 0), min(hi - offset, row[2])
+        if low >= high:
+            continue
+        shift = offset - lo
+        rows[(low + shift) >> _BLOCK : ((high + shift - 1) >> _BLOCK) + 1] = n - first
+        # A group at an end may have its value beyond it.
+        start, end = low // stride, (high + stride - 1) // stride
+        if _place(row, start) < low:
+            start += 1
+        if end > start and _place(row, end - 1) >= high:
+            end -= 1
+        if before < 0:
+            before = row[11] + start
+        for some in range(start, end, _STEP):
+            many = min(some + _STEP, end) - some
+            _places(row, some, some + many, shift, hashes, at)
+            _values(row, octets, row[6] + some, many, values)
+            lead = (row[6] + some) % 32
+            for v in range(many):
+                entries[count + v] = np.uint16(at[v]) & _WITHIN | values[lead + v]
+            while group * _GROUP <= at[many - 1]:
+                starts[group] = count + np.searchsorted(at[:many], group * _GROUP)
+                group += 1
+            count += many
+    starts[group:] = count
+    return max(before, 0)
 
 
 @compiled
-def _seeded_restore(
-    offset: Any, numel: Any, stride: Any, one: Any, two: Any, base: Any, out: Any
-) -> None:
-    """The weights of one seeded tensor that have a value become the base."""
-    groups = (numel + stride - 1) // stride
-    where = np.empty(_STEP, np.int64)
-    for low in range(0, groups, _STEP):
-        high = min(low + _STEP, groups)
-        _positions(low, high, stride, numel, one, two, where)
-        for n in range(high - low):
-            at = offset + where[n]
-            out[at] = _narrow(_wide(base[at]), out)
+def _group(entries: Any, starts: Any, group: Any) -> Any:
+    return entries[starts[group] : starts[group + 1]]
+
+
+@compiled
+def _put_back(at: Any, kept: Any, base: Any, out: Any) -> None:
+    """What a group's entries touch becomes what was there before: as it was kept, or the base."""
+    # Places are unsigned, and counted from where the group starts: numba takes others to be perhaps
+    # counted from the end, which it looks at each time.
+    if kept.size:
+        for n in range(at.size):
+            out[at[n] & _WITHIN] = kept[n]
+    else:
+        for n in range(at.size):
+            out[at[n] & _WITHIN] = _as(base[at[n] & _WITHIN], out)
+
+
+@compiled
+def _put(at: Any, kept: Any, table: Any, rows: Any, source: Any, out: Any) -> None:
+    """What a group's entries touch becomes `source` + level; what was there before is kept."""
+    if kept.size:
+        for n in range(at.size):
+            kept[n] = out[at[n] & _WITHIN]
+    if rows.size:
+        for n in range(at.size):
+            place = at[n] & _WITHIN
+            step = table[rows[place >> _BLOCK], at[n] >> _CODE]
+            out[place] = _narrow(_wide(source[place]) + step, out)
+    else:
+        for n in range(at.size):
+            place = at[n] & _WITHIN
+            out[place] = _narrow(_wide(source[place]) + table[0, at[n] >> _CODE], out)
+
+
+@compiled
+def _fetch(address: Any, size: Any, one: Any, other: Any) -> None:
+    """Have what the entries of a group touch on its way into the nearest cache."""
+    if (one.size + other.size) * LINE >= _GROUP * size:
+        # Of most lines there is something.
+        for at in range(address, address + _GROUP * size, LINE):
+            fetch(at)
+        return
+    for n in range(one.size):
+        fetch(address + size * np.int64(one[n] & _WITHIN))
+    for n in range(other.size):
+        fetch(address + size * np.int64(other[n] & _WITHIN))
 
 
 # -- many of them in one call: entering and leaving compiled code costs, between threads above all
@@ -402,47 +473,80 @@ def run_planes(
 
 
 @compiled
-def _touch(
-    row: Any, base: Any, out: Any, octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any
-) -> None:
-    """A row of `ops.programs.Touches`."""
-    kind, count, job = row[0], row[1], row[5:]
-    one, source = array_at(row[2], count, base), array_at(row[3], count, base)
-    to = array_at(row[4], count, out)
-    if kind == RESTORE:
-        _sparse_restore(array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs), one, to)
-    elif kind == APPLY:
-        table = array_at(job[4], job[5] * job[6], floats).reshape((job[5], job[6]))
-        rows = array_at(job[7], job[8], ints)
-        entries, starts = array_at(job[0], job[1], shorts), array_at(job[2], job[3], longs)
-        _sparse_apply(entries, starts, table, rows, source, to)
-    elif kind == SWITCH:
-        old, new = job, job[9:]
-        table = array_at(new[4], new[5] * new[6], floats).reshape((new[5], new[6]))
-        rows = array_at(new[7], new[8], ints)
-        entries, starts = array_at(new[0], new[1], shorts), array_at(new[2], new[3], longs)
-        before, old_starts = array_at(old[0], old[1], shorts), array_at(old[2], old[3], longs)
-        _sparse_switch(before, old_starts, entries, starts, table, rows, one, source, to)
-    elif kind == RESTORE_SEEDED:
-        _seeded_restore(job[0], job[1], job[2], job[3], job[4], one, to)
-    else:
-        planes = array_at(job[6], job[7] * job[8], octets).reshape((job[7], job[8]))
-        steps = array_at(job[9], 1 << job[7], floats)
-        _seeded_apply(job[0], job[1], job[2], job[3], job[4], job[5], planes, steps, source, to)
+def _found(
+    codes: Any, first: Any, stop: Any, lo: Any, hi: Any,
+    entries: Any, starts: Any, rows: Any, octets: Any, shorts: Any, ints: Any, longs: Any,
+) -> Any:  # fmt: skip
+    """A code of weights lo .. hi - 1: entries, starts, entries that are not there, rows of levels.
+
+    Positions as they are; seeded values in the arrays that are given.
+    """
+    if first < stop and codes[first, 0] == POSITIONS:
+        row = codes[first]
+        begins = array_at(row[3], row[4], longs)[lo // _GROUP :]
+        by = array_at(row[5], row[6], ints)
+        some = by[lo >> _BLOCK :] if by.size else by
+        return array_at(row[1], row[2], shorts), begins, 0, some
+    before = locate(codes, first, stop, lo, hi, octets, entries, starts, rows)
+    return entries, starts, before, rows if stop - first > 1 else rows[:0]
+
+
+@compiled
+def _table(codes: Any, first: Any, stop: Any, floats: Any) -> Any:
+    """The levels of a code: a row a tensor, or a kind of block."""
+    high, wide, address = 0, 1, 0
+    if first < stop:
+        row = codes[first]
+        high, address = row[7] if row[0] == POSITIONS else stop - first, row[10]
+        wide = row[8] if row[0] == POSITIONS else 1 << row[8]
+    return array_at(address, high * wide, floats).reshape((high, wide))
 
 
 @compiled
 def run_touches(
-    jobs: Any, ends: Any, base: Any, out: Any,
+    tensors: Any, firsts: Any, olds: Any, news: Any, base: Any, out: Any,
     octets: Any, shorts: Any, ints: Any, longs: Any, floats: Any, tickets: Any,
 ) -> None:  # fmt: skip
-    """Tensors that no other thread does: rows ends[n] .. ends[n + 1] - 1 of `jobs` are of one.
+    """Pieces of `tensors` that no other thread does: see `ops.programs.Touches`.
 
-    It is one thread's, since its rows come one after the other. See `ops.programs.Touches`.
+    While a group is written, what is touched of the next is on its way: which lines those are, the
+    processor cannot know by itself.
     """
+    seeded = (olds[:, 0] != POSITIONS).any(), (news[:, 0] != POSITIONS).any()
+    entries_old = np.empty(PIECE if seeded[0] else 0, np.uint16)
+    entries_new = np.empty(PIECE if seeded[1] else 0, np.uint16)
+    starts = np.empty((2, PIECE // _GROUP + 1), np.int64)
+    rows = np.empty((2, PIECE >> _BLOCK), np.int32)
     while True:
-        n = draw(tickets.ctypes.data)
-        if n >= ends.size - 1:
+        piece = draw(tickets.ctypes.data)
+        if piece >= firsts[-1]:
             break
-        for row in range(ends[n], ends[n + 1]):
-            _touch(jobs[row], base, out, octets, shorts, ints, longs, floats)
+        number = np.searchsorted(firsts, piece, side="right") - 1
+        row = tensors[number]
+        lo = (piece - firsts[number]) * PIECE
+        hi, size = min(lo + PIECE, row[0]), out.itemsize
+        one, source = array_at(row[1], row[0], base)[lo:hi], array_at(row[2], row[0], base)[lo:hi]
+        to = array_at(row[3], row[0], out)[lo:hi]
+        before, after = array_at(row[9], row[10], out), array_at(row[11], row[12], out)
+        old, old_starts, less, _ = _found(olds, row[5], row[6], lo, hi, entries_old, starts[0],
+                                          rows[0], octets, shorts, ints, longs)  # fmt: skip
+        new, new_starts, fewer, by = _found(news, row[7], row[8], lo, hi, entries_new, starts[1],
+                                            rows[1], octets, shorts, ints, longs)  # fmt: skip
+        table = _table(news, row[7], row[8], floats)
+        groups = (hi - lo + _GROUP - 1) // _GROUP
+        for ahead in range(groups + 1):
+            if ahead < groups:
+                address = row[3] + size * (lo + ahead * _GROUP)
+                _fetch(address, size, _group(old, old_starts, ahead),
+                       _group(new, new_starts, ahead))  # fmt: skip
+            group = ahead - 1
+            if group < 0:
+                continue
+            at = group * _GROUP
+            if row[4]:
+                for n in range(at, min(at + _GROUP, hi - lo)):
+                    to[n] = _as(one[n], to)
+            at_old, at_new = _group(old, old_starts, group), _group(new, new_starts, group)
+            _put_back(at_old, before[old_starts[group] + less :], one[at:], to[at:])
+            _put(at_new, after[new_starts[group] + fewer :], table, by[group * _BLOCKS :],
+                 source[at:], to[at:])  # fmt: skip

@@ -14,7 +14,7 @@ from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_table, check_weights
 from tallstore.ops.reconstruction import reconstruct
 
-__all__ = ["Places", "place", "reconstruct_placed"]
+__all__ = ["Places", "listed", "place", "reconstruct_placed"]
 
 #: Bytes that a thread writes at once, where all addresses are multiples of it.
 _ACCESS: Final = 16
@@ -30,6 +30,8 @@ class Places:
     """Of the arena."""
     rows: torch.Tensor
     """int32, shape (blocks,): the run of each block of 1024 weights; the last row is no run."""
+    blocks: torch.Tensor | None
+    """int32: the blocks that planes are of, in their order; None: all of the arena."""
     addresses: torch.Tensor
     """int64, shape (runs + 1,): where weight 0 of the arena would be."""
     stops: torch.Tensor
@@ -37,8 +39,22 @@ class Places:
     dtype: torch.dtype
     aligned: bool
 
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """Where in the planes the codes of each run start."""
+        return listed(self.runs) if self.blocks is not None else tuple(n for n, _ in self.runs)
 
-def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int) -> Places:
+
+def listed(runs: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, ...]:
+    """Where the codes of each run start, where planes have the runs' blocks alone."""
+    found, at = [], 0
+    for _, out in runs:
+        found.append(at)
+        at += -(-out.numel() // BLOCK) * BLOCK
+    return tuple(found)
+
+
+def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int, *, alone: bool = False) -> Places:
     """Say where runs of weights go.
 
     Parameters
@@ -49,6 +65,8 @@ def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int) -> Places:
         weights. The tensors are held on to: an address is only as good as its tensor.
     weights
         Of the arena.
+    alone
+        Whether planes have the codes of the runs' blocks alone, one run after the other.
 
     Raises
     ------
@@ -73,10 +91,16 @@ def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int) -> Places:
         taken.fill_(number)
         addresses.append(out.data_ptr() - first * out.element_size())
         stops.append(first + out.numel())
+    numbers = None
+    if alone:
+        spans = [(first // BLOCK, -(-(first + out.numel()) // BLOCK)) for first, out in runs]
+        numbers = torch.cat([torch.arange(*span, dtype=torch.int32) for span in spans])
+        rows = rows[numbers]
     return Places(
         runs=tuple(runs),
         weights=weights,
         rows=rows.to(device),
+        blocks=None if numbers is None else numbers.to(device),
         addresses=torch.tensor([*addresses, 0], dtype=torch.int64, device=device),
         stops=torch.tensor([*stops, 0], dtype=torch.int64, device=device),
         dtype=dtype,
@@ -102,7 +126,8 @@ def reconstruct_placed(
     base
         Shape (n,), float32, bfloat16 or float16.
     planes
-        uint8, shape (K, at least ceil(n / 8)), LSB-first, K = 1..4.
+        uint8, shape (K, at least ceil(n / 8)), LSB-first, K = 1..4; of the blocks of `places`
+        alone, if that lists any.
     vector
         Shape (n,), float32, bfloat16 or float16; None stands for 1.
     levels
@@ -120,7 +145,8 @@ def reconstruct_placed(
         The backend cannot run there.
     """
     device = same_device(base=base, planes=planes, vector=vector, levels=levels, rows=places.rows)
-    count = check_planes(planes, places.weights)
+    blocks = places.blocks
+    count = check_planes(planes, places.weights if blocks is None else blocks.numel() * BLOCK)
     check_weights(places.weights, base=base, vector=vector)
     check_table(levels, 1 << count)
     if levels.shape[0] != len(places.runs) + 1:
@@ -136,12 +162,13 @@ def reconstruct_placed(
             places.rows,
             places.addresses,
             places.stops,
+            blocks,
             dtype=places.dtype,
             aligned=places.aligned,
         )
         return
-    for row, (first, out) in zip(levels.tolist(), places.runs, strict=False):
+    for row, (first, out), at in zip(levels.tolist(), places.runs, places.firsts, strict=False):
         stop = first + out.numel()
-        part = planes[:, first // 8 : (stop + 7) // 8]
+        part = planes[:, at // 8 : (at + out.numel() + 7) // 8]
         step = None if vector is None else vector[first:stop]
         reconstruct(base[first:stop], part, step, row, out, backend=backend)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from tallstore.errors import MismatchError, OptionError
+from tallstore.errors import DeviceError, MismatchError, OptionError
 from tallstore.kernels import seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededCode
 from tallstore.kernels.sparse_reference import SparseCode, compress
@@ -31,6 +31,7 @@ __all__ = [
     "compress_planes",
     "density",
     "expand_sparse",
+    "locate_seeded",
     "restore_sparse",
     "switch_sparse",
 ]
@@ -203,6 +204,34 @@ def expand_sparse(code: AnySparseCode, *, backend: str | None = None) -> torch.T
     planes = torch.empty((count, size), dtype=torch.uint8, device=device)
     _triton(code).expand(code, planes)
     return planes
+
+
+def locate_seeded(code: SeededCode, *, backend: str | None = None) -> SparseCode:
+    """The same code with the places of its values, which no operation has to work out then.
+
+    Parameters
+    ----------
+    code
+        On the CPU.
+    backend
+        ``"cpu"``, ``"compiled"`` or None; see `choose_backend`.
+
+    Returns
+    -------
+    SparseCode
+        16 bits a value. A value's code may be 0: its level counts like any other.
+
+    Raises
+    ------
+    DeviceError
+        The backend cannot run there.
+    """
+    chosen = choose_backend(code.table.device, backend, compiles=True)
+    if chosen not in ("cpu", "compiled"):
+        raise DeviceError(f"backend={chosen!r}: places are worked out on the CPU; move the code")
+    kernels: Any = programs if chosen == "compiled" else cpu_sparse
+    found: SparseCode = kernels.located(code)
+    return found
 
 
 def _planes_of(code: AnySparseCode) -> int | None:

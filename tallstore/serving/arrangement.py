@@ -9,9 +9,11 @@ from typing import Final
 import torch
 
 from tallstore import compiling
-from tallstore.ops import Places, compiled, place, reconstruct
+from tallstore.layout import BLOCK
+from tallstore.ops import Places, compiled, listed, place, reconstruct
 from tallstore.scratch import Scratch
-from tallstore.serving.planning import Run
+from tallstore.serving.planning import Run, is_few
+from tallstore.serving.resident import host_memory
 
 __all__ = ["Arrangement", "Cut", "arrange", "compiles"]
 
@@ -29,6 +31,8 @@ class Cut:
     high: int
     row: int
     """Of the levels."""
+    codes: int
+    """Where they start in the planes."""
     base: torch.Tensor
     vector: torch.Tensor | None
     out: torch.Tensor | None
@@ -44,7 +48,7 @@ class Cut:
         scratch: Scratch,
     ) -> int:
         """Write the weights; returns the bytes read and written."""
-        part = planes[:, self.low // 8 : (self.high + 7) // 8]
+        part = planes[:, self.codes // 8 : (self.codes + self.high - self.low + 7) // 8]
         moved = self.base.nbytes + part.nbytes + (0 if self.vector is None else self.vector.nbytes)
         if self.out is not None:
             row = levels[self.row]
@@ -77,12 +81,15 @@ class Arrangement:
     base: torch.Tensor
     vector: torch.Tensor | None
     runs: tuple[Run, ...]
+    alone: bool
+    """Whether planes have the codes of the runs' blocks alone, one run after the other."""
     places: Places | None
     """On CUDA."""
     cuts: tuple[Cut, ...]
     """On the CPU."""
-    pieces: tuple[tuple[int, Run], ...]
-    """On the CPU with compiled loops: (row of the levels, weights), in pieces that are shared."""
+    pieces: tuple[tuple[int, int, Run], ...]
+    """On the CPU with compiled loops: (row of the levels, where the codes start, weights), in
+    pieces that are shared."""
     weights: int
     each: int
     """Bytes that a reconstruction reads and writes for a weight, the planes' aside."""
@@ -97,13 +104,21 @@ class Arrangement:
         """Whether compiled loops write it."""
         return bool(self.pieces)
 
+    def pick(self, planes: torch.Tensor) -> torch.Tensor:
+        """What is kept of an arena's planes, which are on the host: all, or the runs' blocks."""
+        if not self.alone:
+            return planes
+        spans = [(run.first // 8, -(-run.stop // BLOCK) * BLOCK // 8) for run in self.runs]
+        found = torch.cat([planes[:, start:stop] for start, stop in spans], dim=1)
+        return host_memory(found.nbytes, self.base.device).view(found.shape).copy_(found)
+
     def parts(
         self, planes: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, torch.Tensor]]:
         """What `ops.programs.Planes` takes."""
-        for row, run in self.pieces:
+        for row, at, run in self.pieces:
             vector = None if self.vector is None else self.vector[run.first : run.stop]
-            bits = planes[:, run.first // 8 : (run.stop + 7) // 8]
+            bits = planes[:, at // 8 : (at + run.out.numel() + 7) // 8]
             yield self.base[run.first : run.stop], bits, vector, row, run.out
 
 
@@ -124,20 +139,33 @@ def arrange(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None
         The arenas.
     """
     ordered = tuple(sorted(runs, key=lambda run: run.first))
+    alone, places = is_few(ordered, base.numel()), [(run.first, run.out) for run in ordered]
+    firsts = listed(places) if alone else tuple(first for first, _ in places)
     weights = sum(run.out.numel() for run in ordered)
     each = base.element_size() + (0 if vector is None else vector.element_size())
     each += ordered[0].out.element_size()
     if compiles(base, vector, *(run.out for run in ordered)):
-        pieces = tuple((row, cut) for row, run in enumerate(ordered) for cut in run.cut())
-        return Arrangement(base, vector, ordered, None, (), pieces, weights, each)
+        pieces = tuple(
+            (row, at + cut.first - run.first, cut)
+            for row, (run, at) in enumerate(zip(ordered, firsts, strict=True))
+            for cut in run.cut()
+        )
+        return Arrangement(base, vector, ordered, alone, None, (), pieces, weights, each)
     if base.device.type == "cpu":
-        cuts = tuple(_cuts(ordered, base, vector))
-        return Arrangement(base, vector, ordered, None, cuts, (), weights, each)
-    places = place([(run.first, run.out) for run in ordered], base.numel())
-    return Arrangement(base, vector, ordered, places, (), (), weights, each)
+        cuts = tuple(_cuts(ordered, firsts, base, vector, together=not alone))
+        return Arrangement(base, vector, ordered, alone, None, cuts, (), weights, each)
+    there = place(places, base.numel(), alone=alone)
+    return Arrangement(base, vector, ordered, alone, there, (), (), weights, each)
 
 
-def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) -> list[Cut]:
+def _cuts(
+    runs: Sequence[Run],
+    firsts: Sequence[int],
+    base: torch.Tensor,
+    vector: torch.Tensor | None,
+    *,
+    together: bool,
+) -> list[Cut]:
     made: list[Cut] = []
     small: list[tuple[int, Run]] = []
 
@@ -145,21 +173,22 @@ def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) 
         low: int,
         high: int,
         row: int,
+        codes: int,
         out: torch.Tensor | None,
         pieces: Sequence[tuple[int, int, torch.Tensor]] = (),
     ) -> None:
         step = None if vector is None else vector[low:high]
-        made.append(Cut(low, high, row, base[low:high], step, out, tuple(pieces)))
+        made.append(Cut(low, high, row, codes, base[low:high], step, out, tuple(pieces)))
 
     def flush() -> None:
         if small:
             low, high = small[0][1].first, small[-1][1].stop
             pieces = [(run.first - low, row, run.out) for row, run in small]
-            cut(low, high, small[0][0], None, pieces)
+            cut(low, high, small[0][0], low, None, pieces)
             small.clear()
 
     for row, run in enumerate(runs):
-        if run.out.numel() < _SMALL:
+        if together and run.out.numel() < _SMALL:
             if small and run.stop - small[0][1].first > _SMALL:
                 flush()
             small.append((row, run))
@@ -167,6 +196,7 @@ def _cuts(runs: Sequence[Run], base: torch.Tensor, vector: torch.Tensor | None) 
         flush()
         for start in range(0, run.out.numel(), _CUT):
             stop = min(start + _CUT, run.out.numel())
-            cut(run.first + start, run.first + stop, row, run.out[start:stop])
+            at = firsts[row] + start
+            cut(run.first + start, run.first + stop, row, at, run.out[start:stop])
     flush()
     return made

@@ -14,7 +14,7 @@ from tallstore.errors import CorruptStoreError
 from tallstore.kernels.seeded_reference import SeededTensor, build
 from tallstore.layout import BLOCK
 from tallstore.loading import Loader
-from tallstore.ops import AnySparseCode, SeededCode, SparseCode, compress_planes
+from tallstore.ops import AnySparseCode, SeededCode, SparseCode, compress_planes, locate_seeded
 from tallstore.seeding import seeded_tensor
 from tallstore.serving.forms import SparseForm
 from tallstore.serving.planning import Run
@@ -74,6 +74,8 @@ def compact_form(
     base: torch.Tensor,
     planes: torch.Tensor | None,
     pool: Workers,
+    *,
+    located: bool,
 ) -> SparseForm:
     """Sparse and seeded codes of whole segments.
 
@@ -83,6 +85,8 @@ def compact_form(
         The arena, on the device.
     planes
         What `read_planes` gave, if there are sparse codes among them.
+    located
+        Keep seeded values with their places.
     """
     values = _read_values(loader, arena, pool) if any(c.form == SEEDED for _, c in runs) else []
 
@@ -90,7 +94,8 @@ def compact_form(
         run, code = item
         made: AnySparseCode
         if code.form == SEEDED:
-            made = _seeded(loader, arena, run, code, values)
+            seeded = _seeded(loader, arena, run, code, values)
+            made = locate_seeded(seeded) if located else seeded
         elif planes is None:
             raise CorruptStoreError(f"{loader.what}: sparse codes without their planes")
         else:

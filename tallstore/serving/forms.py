@@ -11,19 +11,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 
 from tallstore.ops import (
     AnySparseCode,
     SeededCode,
-    SparseCode,
     apply_sparse,
     density,
     reconstruct_placed,
     restore_sparse,
     switch_sparse,
 )
-from tallstore.ops.programs import Planes, Touches, Words, Work, words
+from tallstore.ops.programs import Applied, Kept, Planes, Touches, Work
 from tallstore.scratch import Scratch
 from tallstore.serving.arrangement import Arrangement, compiles
 
@@ -59,16 +59,14 @@ class There:
     """A sparse code that was applied to a tensor."""
 
     code: AnySparseCode
-    words: Words | None
-    """Of the code, where the compiled loops are used."""
     moved: int
     """Bytes that are read and written to touch what the code touches."""
 
     @classmethod
     def by(cls, code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> There:
         """What a code leaves in `out`; worked out once, since to ask over again takes a while."""
-        mine = words(code) if compiles(base, out) else None
-        return cls(code, mine, _touched(code, base, out))
+        weights = round(density(code) * code.weights)
+        return cls(code, weights * (base.element_size() + out.element_size()) + code.nbytes)
 
 
 @dataclass(slots=True)
@@ -79,20 +77,49 @@ class Live:
     """That share the jobs."""
     before: dict[_Key, There | None] = field(default_factory=dict)
     after: dict[_Key, There | None] = field(default_factory=dict)
+    applied_before: list[Applied] = field(default_factory=list)
+    applied_after: list[Applied] = field(default_factory=list)
+    """The same where the compiled loops wrote it."""
     planes_before: dict[_Arena, Planes] = field(default_factory=dict)
     planes_after: dict[_Arena, Planes] = field(default_factory=dict)
     """What wrote the rest of an arena, where the compiled loops did."""
+    spare: list[Kept] = field(default_factory=list)
+    """Memory for what lies under the next codes."""
     scratch: Scratch = field(default_factory=Scratch)
 
     def next(self) -> None:
         """What was written is what is there now."""
+        self.spare += [one.kept for one in self.applied_before if one.kept is not None]
+        self.applied_before, self.applied_after = self.applied_after, []
         self.before, self.after = self.after, {}
         self.planes_before, self.planes_after = self.planes_after, {}
 
     def forget(self) -> None:
         """Nothing is known of what is there."""
+        self.spare, self.applied_before, self.applied_after = [], [], []
         self.before, self.after = {}, {}
         self.planes_before, self.planes_after = {}, {}
+
+    def apply(self, program: Touches) -> Iterator[Job]:
+        """Work for all threads; from then on that is what is there."""
+        kept = self._keep(program.under)
+        start = program.start(self.applied_before, kept)
+        self.applied_after.append(Applied(program, kept))
+        if start is None:
+            return
+        for number in range(self.threads):
+            yield partial(_working, start.work, 0 if number else start.moved)
+
+    def _keep(self, nbytes: int) -> Kept | None:
+        """Memory for what lies under codes: what was used before is in place already."""
+        if not nbytes:
+            return None
+        fitting = [n for n, memory in enumerate(self.spare) if memory.size >= nbytes]
+        if fitting:
+            return self.spare.pop(min(fitting, key=lambda n: self.spare[n].size))
+        if self.spare:
+            self.spare.pop()
+        return np.empty(nbytes, np.uint8)
 
 
 class Form(Protocol):
@@ -126,6 +153,8 @@ class BaseForm:
 
     runs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     """(weights of the base, tensor that they go to)."""
+    program: list[Touches] = field(default_factory=list, compare=False)
+    """How the compiled loops write it; made when it is first written."""
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +167,11 @@ class BaseForm:
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """Copies; nothing where the base is already, and of a sparse code what it touched."""
-        touches, moved = Touches(), 0
+        if self.runs and compiles(*self.runs[0]):
+            if not self.program or not self.program[0].valid():
+                self.program[:] = [Touches([(None, base, out) for base, out in self.runs])]
+            yield from live.apply(self.program[0])
+            return
         for base, out in self.runs:
             key = _key(base, out)
             live.after[key] = _THE_BASE
@@ -146,12 +179,8 @@ class BaseForm:
                 yield _copying(base, out)
                 continue
             there = live.before[key]
-            if there is not None and there.words is not None:
-                touches.add(there.words, None, base, out)
-                moved += there.moved
-            elif there is not None:
+            if there is not None:
                 yield _restoring(there, base, out)
-        yield from _together(touches, moved, live.threads)
 
 
 def _copying(source: torch.Tensor, out: torch.Tensor) -> Job:
@@ -170,28 +199,9 @@ def _restoring(there: There, base: torch.Tensor, out: torch.Tensor) -> Job:
     return restore
 
 
-def _together(touches: Touches, moved: int, threads: int) -> Iterator[Job]:
-    """The touches, which threads share; the first counts the bytes of all."""
-    work = touches.start()
-    if work is not None:
-        for number in range(threads):
-            yield partial(_working, work, 0 if number else moved)
-
-
 def _working(work: Work, moved: int) -> int:
     work()
     return moved
-
-
-def _touched(code: AnySparseCode, base: torch.Tensor, out: torch.Tensor) -> int:
-    weights = round(density(code) * code.weights)
-    return weights * (base.element_size() + out.element_size()) + _code_bytes(code)
-
-
-def _code_bytes(code: AnySparseCode) -> int:
-    if isinstance(code, SparseCode):
-        return code.entries.nbytes + code.starts.nbytes + code.table.nbytes
-    return code.planes.nbytes + code.table.nbytes + code.index.nbytes + code.owners.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +270,13 @@ class SparseForm:
     """(code over the run's weights, weights of the base, tensor that they go to)."""
     leaves: list[There] = field(default_factory=list, compare=False)
     """What the codes leave in the tensors; worked out when they are first written."""
+    program: list[Touches] = field(default_factory=list, compare=False)
+    """How the compiled loops write it; made when it is first written."""
 
     @property
     def nbytes(self) -> int:
         """Of the codes."""
-        return sum(_code_bytes(code) for code, _, _ in self.runs)
+        return sum(code.nbytes for code, _, _ in self.runs)
 
     def to(self, move: Move) -> SparseForm:
         """With the codes elsewhere."""
@@ -272,20 +284,19 @@ class SparseForm:
 
     def jobs(self, live: Live) -> Iterator[Job]:
         """What the code before touched is put back, and what this one touches is written."""
-        touches, moved, before = Touches(), 0, live.before
+        if self.runs and compiles(*self.runs[0][1:]):
+            if not self.program or not self.program[0].valid():
+                self.program[:] = [Touches(self.runs)]
+            yield from live.apply(self.program[0])
+            return
         if not self.leaves:
             # All of them or none, should it be interrupted.
             self.leaves[:] = [There.by(*run) for run in self.runs]
         for (_, base, out), mine in zip(self.runs, self.leaves, strict=True):
             key = _key(base, out)
+            there, known = live.before.get(key), key in live.before
             live.after[key] = mine
-            there, known = before.get(key), key in before
-            if mine.words is None or not known or (there is not None and there.words is None):
-                yield _applying(there, mine, base, out, known=known)
-                continue
-            touches.add(None if there is None else there.words, mine.words, base, out)
-            moved += mine.moved + (0 if there is None else there.moved)
-        yield from _together(touches, moved, live.threads)
+            yield _applying(there, mine, base, out, known=known)
 
 
 def _elsewhere(code: AnySparseCode, move: Move) -> AnySparseCode:

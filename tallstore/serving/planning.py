@@ -6,7 +6,7 @@ Nothing is read here but documents, so that what serving takes is known before a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from tallstore.serving.binding import Binding
 from tallstore.spancodes import code_bits
 from tallstore.specs import TensorSpec
 
-__all__ = ["Plan", "Run", "Verbatim", "plan"]
+__all__ = ["Plan", "Run", "Verbatim", "in_blocks", "is_few", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,16 @@ class Run:
             made.append(Run(self.segment, start, piece))
             start = stop
         return made
+
+
+def in_blocks(runs: Sequence[Run]) -> int:
+    """Weights of the blocks that runs take."""
+    return sum(-(-run.out.numel() // BLOCK) * BLOCK for run in runs)
+
+
+def is_few(runs: Sequence[Run], weights: int) -> bool:
+    """Whether planes are kept of the runs' blocks alone, not of all weights of the arena."""
+    return in_blocks(runs) < weights // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,8 @@ class Plan:
     verbatim: list[Verbatim] = field(default_factory=list)
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(from, to): tensors of the model that are one in the task."""
+    located: bool = False
+    """Whether seeded values are kept with their places, so that no switch works them out."""
 
     @property
     def codes(self) -> Mapping[int, ArenaCode]:
@@ -116,18 +128,37 @@ class Plan:
                 for run, code in zip(runs, compact, strict=True)
                 if code is not None
             )
-            if None in compact:
-                total += code_bits(codes[arena]) * arenas[arena].weights // 8
+            dense = [run for run, code in zip(runs, compact, strict=True) if code is None]
+            weights = arenas[arena].weights
+            if dense:
+                kept = in_blocks(dense) if is_few(dense, weights) else weights
+                total += code_bits(codes[arena]) * kept // 8
         return total
 
     def _compact_bytes(self, run: Run, code: SegmentCode) -> int:
         weights = run.out.numel()
-        if code.form == SEEDED:
+        if code.form == SEEDED and not self.located:
             return _seeded_bytes(run, code)
+        touched = self._touched(run, code)
+        return 2 * touched + 8 * (-(-weights // GROUP) + 1) + 4 * (1 << code.bits)
+
+    def _touched(self, run: Run, code: SegmentCode) -> int:
+        """Weights of a run that its code touches."""
+        if code.form == SEEDED:
+            return -(-run.out.numel() // code.stride)
         task = self.loader.task
         density = {s.segment: s.density for s in task.stats} if task is not None else {}
-        touched = round(density.get(run.segment, 1.0) * weights)
-        return 2 * touched + 8 * (-(-weights // GROUP) + 1) + 4 * (1 << code.bits)
+        return round(density.get(run.segment, 1.0) * run.out.numel())
+
+    @property
+    def under(self) -> int:
+        """Bytes of the weights that its compact codes touch."""
+        return sum(
+            self._touched(run, code) * run.out.element_size()
+            for arena, runs in self.coded.items()
+            for run in runs
+            if (code := self.compact(arena, run)) is not None
+        )
 
     @property
     def exact_bytes(self) -> int:

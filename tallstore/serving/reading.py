@@ -19,7 +19,7 @@ from tallstore.objects import build_tensor
 from tallstore.serving.arrangement import Arrangement, arrange
 from tallstore.serving.coded import compact_form, read_planes
 from tallstore.serving.forms import BaseForm, CopyForm, Form, Move, PlanesForm
-from tallstore.serving.planning import Plan, Run, Verbatim
+from tallstore.serving.planning import Plan, Run, Verbatim, is_few
 from tallstore.serving.resident import Resident, host_memory
 from tallstore.spans import Run as Piece
 from tallstore.spans import SpanKey
@@ -110,15 +110,21 @@ class Reader:
         forms: list[Form] = []
         planes = None
         if rest or any(code.form == SPARSE for _, code in few):
-            where = self._resident.device if rest else torch.device("cpu")
+            kept = rest and not is_few(rest, base.numel())
+            where = self._resident.device if kept else torch.device("cpu")
             planes = read_planes(plan.loader, arena, self._pool, pin_for=where)
         if few:
-            forms.append(compact_form(plan.loader, arena, few, base, planes, self._pool))
+            located = plan.located
+            forms.append(
+                compact_form(plan.loader, arena, few, base, planes, self._pool, located=located)
+            )
         if rest and planes is not None:
             there = self._arrangement(arena, rest, vector=plan.codes[arena].shared)
             levels = plan.loader.decoder.levels(arena)
             rows = [levels.row(run.segment) for run in there.runs]
-            forms.append(PlanesForm(there, planes, levels.table[[*rows, rows[0]]].contiguous()))
+            forms.append(
+                PlanesForm(there, there.pick(planes), levels.table[[*rows, rows[0]]].contiguous())
+            )
         return forms
 
     def _cut(self, runs: Sequence[Run]) -> Sequence[Run]:

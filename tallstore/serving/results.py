@@ -55,11 +55,14 @@ class Need:
     """Of the task whose code is largest."""
     staged: int
     """Of the largest code that is not simply the task's weights."""
+    under: int = 0
+    """On the CPU, of the weights that the sparse codes of two tasks touch, the live one and the
+    next: what lies under a code is kept, so that it need not be looked up in the base."""
 
     def on_device(self, resident: Residency) -> int:
         """Bytes on the device, with codes of two tasks where not all are kept there."""
         kept = {"all": self.codes, "masks-on-host": 2 * self.largest, "stream": 2 * self.staged}
-        return self.base + self.vector + min(self.codes, kept[resident])
+        return self.base + self.vector + self.under + min(self.codes, kept[resident])
 
     def on_host(self, resident: Residency) -> int:
         """Bytes of the host's memory."""

@@ -91,7 +91,7 @@ class Stock:
         codes = need.codes if limit is None else min(limit, need.codes)
         if self.device.type == "cpu":
             codes = max(codes, need.on_host(self.resident))
-        wanted = need.base + need.vector + codes
+        wanted = need.base + need.vector + need.under + codes
         wanted -= self.offer.resident.held() + self.codes.nbytes()
         free = free_bytes(self.device)
         if free is not None and wanted > free:
