@@ -3,7 +3,7 @@
 ``python -m bench.frontier [--zoos NAME ...] [--cache DIR]`` trains the zoos that are not there,
 runs every entrant of `bench.entrants` on each, and writes ``bench/results/frontier-ZOO.json``,
 the README's table and ``bench/results/frontier.svg``. ``--plot`` makes table and picture from the
-files alone, and ``--codes`` runs some codes again and keeps the rows of the others.
+files alone; ``--codes`` and ``--settings`` run some again and keep the rows of the others.
 
 Choices a paper leaves to validation are made on validation items, by what is kept; what is
 reported is measured on test items, once. Codes that take a seed run with three. Bits are those of
@@ -82,15 +82,13 @@ def _row(judge: Judge, entrant: Entrant, seeds: Sequence[int]) -> dict[str, Any]
 
 
 def run(
-    name: str, cache: Path | None, seeds: Sequence[int], limit: int | None, codes: Sequence[str]
+    name: str, cache: Path | None, seeds: Sequence[int], limit: int | None, some: Sequence[Entrant]
 ) -> list[Any]:
     """Run codes on one zoo, printing each row as soon as it is known."""
     judge = Judge(FAMILIES[name], cache, limit)
     commit = context()["commit"]
     rows = []
-    for entrant in entrants():
-        if entrant.name not in codes:
-            continue
+    for entrant in some:
         rows.append({**_row(judge, entrant, seeds), "commit": commit})
         print(
             "{zoo:<9} {code:<18} {setting:<20} {bits:7.4f} bits {kept_mean:8.2%} ± {error:.2%} "
@@ -106,11 +104,13 @@ def run(
     return [facts, *rows]
 
 
-def _rows_of_others(path: Path, codes: Sequence[str]) -> list[Any]:
+def _rows_of_others(path: Path, some: Sequence[Entrant]) -> list[Any]:
     """Read what a file has of codes that do not run this time."""
     if not path.exists():
         return []
-    return [row for row in json.loads(path.read_text())["rows"][1:] if row["code"] not in codes]
+    mine = {(entrant.name, entrant.setting) for entrant in some}
+    rows = json.loads(path.read_text())["rows"][1:]
+    return [row for row in rows if (row["code"], row["setting"]) not in mine]
 
 
 def _ordered(rows: Sequence[Any]) -> list[Any]:
@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--zoos", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     known = list(dict.fromkeys(entrant.name for entrant in entrants()))
     parser.add_argument("--codes", nargs="+", choices=known, default=known, help="run these alone")
+    settings = list(dict.fromkeys(entrant.setting for entrant in entrants()))
+    parser.add_argument("--settings", nargs="+", choices=settings, default=settings)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, help="test items a task at most, for a quick look")
     parser.add_argument("--threads", type=int, default=2)
@@ -134,9 +136,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.plot:
         torch.set_num_threads(args.threads)
+        some = [e for e in entrants() if e.name in args.codes and e.setting in args.settings]
         for name in args.zoos:
-            facts, *rows = run(name, args.cache, args.seeds, args.limit, args.codes)
-            rows += _rows_of_others(args.results / f"frontier-{name}.json", args.codes)
+            facts, *rows = run(name, args.cache, args.seeds, args.limit, some)
+            rows += _rows_of_others(args.results / f"frontier-{name}.json", some)
             rows = [facts, *_ordered(rows)]
             print(write(f"frontier-{name}", rows, results=args.results), flush=True)
     files = (args.results / f"frontier-{name}.json" for name in FAMILIES)

@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore.codecs import CODECS, GUIDED, PLANES, RAW, SPARSE, ZSTD, Bytes, Codec, zstd
+from tallstore.codecs import CODECS, GUIDED, PLANES, RAW, SPARSE, SYMBOLS, ZSTD, Bytes, Codec, zstd
 from tallstore.errors import CorruptStoreError
 
 #: Every codec with every parameter it takes, and the bytes its data must be a multiple of.
@@ -22,6 +22,7 @@ VARIANTS: list[tuple[Codec, int, int]] = [
     (GUIDED, 1, 2),
     (GUIDED, 2, 2),
     (GUIDED, 3, 4),
+    *((SYMBOLS, count, count * (8 // count)) for count in (2, 3, 4)),
 ]
 variants = pytest.mark.parametrize(
     ("codec", "parameter", "unit"), VARIANTS, ids=lambda v: getattr(v, "number", v)
@@ -71,6 +72,7 @@ def test_every_codec_is_covered() -> None:
         2: "PlanesCodec",
         3: "SparseCodec",
         4: "GuidedCodec",
+        5: "SymbolsCodec",
     }
 
 
@@ -96,7 +98,7 @@ def test_large_data(codec: Codec, parameter: int, unit: int) -> None:
 
 @variants
 def test_noise_is_left_alone(codec: Codec, parameter: int, unit: int) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, 1 << 14, np.uint8)
+    noise = np.random.default_rng(1).integers(0, 256, (1 << 14) // unit * unit, np.uint8)
     payload = check_codec(codec, noise, parameter=parameter)
     assert (payload is None) == (codec is not RAW)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 import tallstore
 from bench.fuzz.targets import BASE, coded_store, side_of
-from tallstore.codecs import CODECS, GUIDED, PLANES, SPARSE
+from tallstore.codecs import CODECS, GUIDED, PLANES, SPARSE, SYMBOLS
 from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
 from tallstore.engine.snapshot import Snapshot
 from tallstore.store import open_snapshot
@@ -103,7 +103,7 @@ def _chunks() -> dict[str, list[bytes]]:
         data = {SPARSE.number: signs.ravel(), GUIDED.number: moved}.get(number, words)
         buffer = ChunkBuffer.of(data.size)
         np.copyto(buffer.data, data)
-        parameter = {PLANES.number: 4, GUIDED.number: 3}.get(number, 0)
+        parameter = {PLANES.number: 4, GUIDED.number: 3, SYMBOLS.number: 4}.get(number, 0)
         encoding = Encoding(codec, parameter, 0.0, side_of(data.size))
         value = bytes(seal_chunk(buffer, store=bytes(16), key=bytes(12), encoding=encoding))
         assert value[4] == number, "it gained nothing"

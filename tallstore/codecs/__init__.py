@@ -10,17 +10,19 @@ from tallstore.codecs.guided import GuidedCodec
 from tallstore.codecs.planes import PlanesCodec
 from tallstore.codecs.raw import RawCodec
 from tallstore.codecs.sparse import SparseCodec
+from tallstore.codecs.symbols import SymbolsCodec
 from tallstore.codecs.zstd import ZstdCodec
 
-__all__ = ["CODECS", "GUIDED", "PLANES", "RAW", "SPARSE", "ZSTD", "Bytes", "Codec"]
+__all__ = ["CODECS", "GUIDED", "PLANES", "RAW", "SPARSE", "SYMBOLS", "ZSTD", "Bytes", "Codec"]
 
 RAW: Final = RawCodec()
 ZSTD: Final = ZstdCodec()
 PLANES: Final = PlanesCodec()
 SPARSE: Final = SparseCodec()
 GUIDED: Final = GuidedCodec()
+SYMBOLS: Final = SymbolsCodec()
 
 #: Every codec by its number on disk. Static: a new codec is a file and a line here.
 CODECS: Final = MappingProxyType[int, Codec](
-    {c.number: c for c in (RAW, ZSTD, PLANES, SPARSE, GUIDED)}
+    {c.number: c for c in (RAW, ZSTD, PLANES, SPARSE, GUIDED, SYMBOLS)}
 )

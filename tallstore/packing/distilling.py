@@ -3,8 +3,9 @@
 A few per cent of a task's weights carry it as they are, made longer (``gain="unbiased"``), but they
 are noise to each other. Trained on inputs that need no labels, with what the original makes of them
 as the target (distillation: Hinton et al., arXiv 1503.02531), the same few take each other into
-account. Their places stay, and so does what they take on disk. Dense codes stay what they are, and
-their levels learn how long to be, as BitDelta's scales do (arXiv 2402.10193, section 3.1).
+account. Their places stay, and so does what they take on disk. Of dense codes every weight learns
+which way to be rounded (as in AdaRound, arXiv 2004.10568), and the levels how long to be (as
+BitDelta's scales do, arXiv 2402.10193, section 3.1); over a shared vector only the latter.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import mean
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tallstore.codecs import Bytes
-from tallstore.codes import SEEDED, SPARSE
+from tallstore.codes import PLANES, SEEDED, SPARSE
 from tallstore.dtypes import torch_dtype
 from tallstore.errors import OptionError
 from tallstore.packing.calibrating import Calibration
@@ -28,10 +31,16 @@ from tallstore.packing.gathering import Candidate
 from tallstore.packing.target import Target
 from tallstore.seeding import Positions
 
-__all__ = ["Distillation"]
+__all__ = ["Distillation", "all_steps"]
 
-#: Of a step of Adam: of values in root mean squares of the tensor's, of a gain in itself.
-_RATE: Final = 0.015
+#: Of a step of Adam, of values in root mean squares of the tensor's, of a gain in itself. Which is
+#: best depends on how much there is to be made good: each is tried for a share of the steps.
+_RATES: Final = (0.015, 0.004, 0.001, 0.00025)
+_TRIAL: Final = 8
+#: The same of dense codes, of which a step does nothing but where it takes a weight across to
+#: another level: so many times the others' rate, and at most.
+_DENSE: Final = 30.0
+_DENSE_MOST: Final = 0.03
 _BETAS: Final = (0.9, 0.95)
 #: A gain that is trained stays above this.
 _LEAST: Final = 0.05
@@ -49,7 +58,8 @@ class Distillation:
     load
         Gives what a target's codes will load as: a state dict.
     steps
-        How many, a batch each; Adam, with rates that fall along a cosine.
+        How many, a batch each; Adam, with a rate that falls along a cosine, and of which some are
+        tried before.
     progress
         Called when training begins: gives what is called with 1 after each step.
     """
@@ -105,7 +115,14 @@ class Distillation:
             fixed = {n: t.detach().clone() for n, t in coded.items() if isinstance(t, Tensor)}
             pupils = [
                 _Pupil(
-                    names, own, drafts[place], picked.get(place), base[names[0]], fixed[names[0]]
+                    names,
+                    own,
+                    drafts[place],
+                    picked.get(place),
+                    base[names[0]],
+                    fixed[names[0]],
+                    self._original(target, own),
+                    shared=target.shared,
                 )
                 for place, (own, names) in self._places().items()
                 if place in drafts and not drafts[place].left
@@ -117,6 +134,15 @@ class Distillation:
         kept = {} if target.coded is None else target.coded.changed
         made = {pupil.draft.segment: pupil.draft_of() for pupil in pupils}
         return replace(self._candidate, changed={**kept, **changed}), made
+
+    def _original(self, target: Target, own: int) -> Tensor:
+        """The weights that the codes of a segment are of."""
+        changed = {} if target.coded is None else target.coded.changed
+        source, found = self._candidate.source, changed.get(own)
+        if found is None:
+            found = np.empty(source.segments[own].nbytes, np.uint8)
+            source.read(own, 0, found)
+        return torch.from_numpy(found).view(torch_dtype(source.segments[own].dtype)).float()
 
     def _places(self) -> dict[int, tuple[int, tuple[str, ...]]]:
         """By segment of the base: the task's own, and the names of its tensors."""
@@ -132,11 +158,33 @@ class Distillation:
         numbers = [number for pupil in pupils for number in pupil.numbers]
         if not numbers:
             return
-        optimizer = torch.optim.Adam(numbers, lr=_RATE, betas=_BETAS)
         advance = self._progress()
-        for step in range(self._steps):
-            for group in optimizer.param_groups:
-                group["lr"] = _RATE * _share(step, self._steps)
+        starts = [number.detach().clone() for number in numbers]
+        tried: dict[float, float] = {}
+        for rate in _RATES:
+            tried[rate] = self._run(pupils, fixed, rate, _trial(self._steps), advance)
+            with torch.no_grad():
+                for number, start in zip(numbers, starts, strict=True):
+                    number.copy_(start)
+        self._run(pupils, fixed, min(tried, key=lambda rate: tried[rate]), self._steps, advance)
+
+    def _run(
+        self,
+        pupils: Sequence[_Pupil],
+        fixed: Mapping[str, Tensor],
+        rate: float,
+        steps: int,
+        advance: Callable[[int], None],
+    ) -> float:
+        """Train for some steps; gives what is left to be learnt in the last of them."""
+        rates = [both for pupil in pupils for both in pupil.rated(rate)]
+        optimizer = torch.optim.Adam(
+            [{"params": [number], "lr": most} for number, most in rates], betas=_BETAS
+        )
+        left: list[float] = []
+        for step in range(steps):
+            for group, (_, most) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = most * _share(step, steps)
             state = dict(fixed)
             for pupil in pupils:
                 weights = pupil.weights()
@@ -147,17 +195,32 @@ class Distillation:
             try:
                 loss = self._calibration.loss(state, step % self._calibration.batches)
                 # Not backward(): what else the module has would get gradients too.
-                found = torch.autograd.grad(loss, numbers, allow_unused=True)
+                found = torch.autograd.grad(
+                    loss, [number for number, _ in rates], allow_unused=True
+                )
             except Exception as exc:
                 raise OptionError(
                     f"distil={self._steps}: the module of task {self._candidate.name!r} cannot be "
                     f"trained with: {exc}"
                 ) from exc
             # A batch that says nothing finite teaches nothing; `distance` has the last word.
-            for number, gradient in zip(numbers, found, strict=True):
+            for (number, _), gradient in zip(rates, found, strict=True):
                 number.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
+            left.append(float(loss.detach()))
             advance(1)
+        last = mean(left[-max(steps // 3, 1) :])
+        return last if math.isfinite(last) else math.inf
+
+
+def _trial(steps: int) -> int:
+    """How many each rate is tried for."""
+    return max(steps // _TRIAL, 1)
+
+
+def all_steps(steps: int) -> int:
+    """How many training takes with those that find the rate."""
+    return steps + len(_RATES) * _trial(steps)
 
 
 def _share(step: int, steps: int) -> float:
@@ -176,6 +239,9 @@ class _Pupil:
         picked: Positions | None,
         base: Tensor,
         coded: Tensor,
+        original: Tensor,
+        *,
+        shared: bool,
     ) -> None:
         self.names = names
         self.own = own
@@ -191,28 +257,46 @@ class _Pupil:
             self._at = torch.from_numpy(picked[picked < moved.numel()])
         elif draft.form == SPARSE:
             self._at = moved.nonzero().view(-1)
+        wanted = original.reshape(-1) - self._base
+        dense = draft.form == PLANES and not shared
+        self._has_values = self._at is not None or dense
         self._moved = moved if self._at is None else moved[self._at]
         size = float(self._moved.square().mean().sqrt()) if self._moved.numel() else 0.0
         self.moved = size > 0
         self._size = size or 1.0
-        self._levels = torch.tensor(_scaled(draft.magnitudes, self._moved.abs() / self._size))
+        before = wanted if dense else None
+        sizes = self._moved.abs() / self._size
+        self._levels = torch.tensor(_scaled(draft.magnitudes, sizes, before))
         self._between = (self._levels[1:] + self._levels[:-1]) / 2
         self._gain = torch.ones(()).requires_grad_()
         self.numbers = [self._gain]
-        if self._at is not None:
-            self._values = (self._moved / self._size).requires_grad_()
+        if self._has_values:
+            values = self._moved / self._size
+            if before is not None:
+                # As they were before they were rounded, made as long as their levels are.
+                values = before * (float(self._levels[-1]) / draft.magnitudes[-1])
+            self._values = values.requires_grad_()
             self.numbers.append(self._values)
+
+    def rated(self, rate: float) -> list[tuple[Tensor, float]]:
+        """Its numbers, and how large a step of each is."""
+        dense = self._has_values and self._at is None
+        steps = (rate, min(_DENSE * rate, _DENSE_MOST) if dense else rate)
+        return list(zip(self.numbers, steps, strict=False))
 
     @property
     def has_values(self) -> bool:
         """Whether weights have values of their own; else they have a gain in common."""
-        return self._at is not None
+        return self._has_values
 
     def draft_of(self) -> Draft:
         """How it is to be coded now; of `SEEDED` the magnitudes are fitted to its values."""
         gain = float(self._gain.detach().clamp(min=_LEAST))
         if not self.has_values:
             return replace(self.draft, gain=gain)
+        if self.draft.form == PLANES:
+            levels = self._levels * (gain * self._size)
+            return replace(self.draft, magnitudes=tuple(levels.tolist()), corrected=True)
         if self.draft.form == SPARSE:
             level = float(self._levels[0]) * gain * self._size
             return replace(self.draft, magnitudes=(level,), cut=level / 2, corrected=True)
@@ -221,13 +305,15 @@ class _Pupil:
     def weights(self) -> Tensor:
         """Of the tensor, with gradients: of values as if they were not rounded to levels."""
         gain = self._gain.clamp(min=_LEAST)
-        if self._at is None:
+        if not self._has_values:
             return (self._base + gain * self._moved).view(self._shape)
         values = self._values / gain
         nearest = self._levels[torch.bucketize(values.detach().abs(), self._between)]
         rounded = torch.copysign(nearest, values.detach())
         # To the gradient what rounding adds is a constant (straight through: arXiv 1308.3432).
         values = gain * (values + (rounded - values.detach()))
+        if self._at is None:
+            return (self._base + self._size * values).view(self._shape)
         at = self._base[self._at] + self._size * values
         return self._base.index_copy(0, self._at, at).view(self._shape)
 
@@ -238,12 +324,22 @@ class _Pupil:
         return found
 
 
-def _scaled(magnitudes: Sequence[float], sizes: Tensor) -> list[float]:
-    """Magnitudes as long as those that some sizes were rounded to; the sizes may be a bit off."""
+def _scaled(magnitudes: Sequence[float], sizes: Tensor, before: Tensor | None) -> list[float]:
+    """Magnitudes as long as those that some sizes were rounded to; the sizes may be a bit off.
+
+    Parameters
+    ----------
+    before
+        What was rounded to the magnitudes as they are; None: nobody knows.
+    """
     there = torch.tensor(magnitudes, dtype=torch.float64)
     if not sizes.numel():
         return list(magnitudes)
     sizes = sizes.double()
+    if before is not None:
+        chosen = there[torch.bucketize(before.abs().double(), (there[1:] + there[:-1]) / 2)]
+        factor = float((sizes @ chosen) / (chosen @ chosen).clamp(min=1e-300))
+        return [factor * level for level in magnitudes]
 
     def fitted(factor: float) -> tuple[float, float]:
         levels = factor * there

@@ -173,6 +173,8 @@ class SpanCodes:
             stats.ones += moves.size
             stats.projection += _dot(given, size)
             stats.norm += _dot(given, given)
+            if draft.corrected:
+                stats.own_projection += _dot(np.copysign(given, moves), own)
             sign = moves if vector is None else moves * np.sign(vector)
             negative = np.signbit(sign)
             if not draft.magnitudes[0]:

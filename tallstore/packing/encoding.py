@@ -31,7 +31,7 @@ from tallstore.engine.chunk import Encoding
 from tallstore.engine.session import StreamWriter, WriteSession
 from tallstore.layout import Layout
 from tallstore.packing.drafts import SpanCodes, settle
-from tallstore.packing.encodings import BITS, residuals
+from tallstore.packing.encodings import BITS, codes, residuals
 from tallstore.packing.masks import SpanMasks
 from tallstore.packing.surveying import Moves, span_moves
 from tallstore.packing.target import Target
@@ -186,7 +186,7 @@ class TargetEncoder:
         record = self.layout.arenas[arena]
         weights = min(record.span, record.weights - span * record.span)
         dense = self._bits.get(arena, 0) if arena in self._planes else 0
-        codes = SpanCodes(weights, bits=dense, sparse=arena in self._sparse, values=values)
+        made = SpanCodes(weights, bits=dense, sparse=arena in self._sparse, values=values)
         seeded = {p.piece.segment: p for p in self._pieces(arena, span)}
         found = []
         for held, same in zip(seen.held, seen.same, strict=True):
@@ -204,7 +204,7 @@ class TargetEncoder:
                 continue
             if draft.form == SEEDED:
                 piece = seeded[held.base_segment]
-                codes.encode_values(
+                made.encode_values(
                     draft,
                     piece,
                     moves,
@@ -217,17 +217,18 @@ class TargetEncoder:
             else:
                 step = seen.vector if self.target.shared else None
                 some = None if step is None else step[held.start : held.stop]
-                codes.encode(draft, held.start, moves, some, stats, own=own[held.start : held.stop])
+                made.encode(draft, held.start, moves, some, stats, own=own[held.start : held.stop])
         self._count(found)
-        if codes.planes is not None:
-            self._planes[arena].put(span, codes.planes.reshape(-1), encoding=BITS)
-        if codes.sparse is not None:
-            packed = codes.sparse.reshape(-1)
+        if made.planes is not None:
+            self._planes[arena].put(span, made.planes.reshape(-1), encoding=codes(dense))
+        if made.sparse is not None:
+            packed = made.sparse.reshape(-1)
             # Gaps between weights as close as this are no shorter than the planes.
             dense_signs = _DENSE * count_bits(packed) >= 4 * packed.size
-            self._sparse[arena].put(span, packed, encoding=BITS if dense_signs else _SIGNS)
+            self._sparse[arena].put(span, packed, encoding=codes(2) if dense_signs else _SIGNS)
         if values is not None:
-            self._seeded[arena].put(span, values.reshape(-1), encoding=BITS)
+            bits = self._value_bits[arena]
+            self._seeded[arena].put(span, values.reshape(-1), encoding=codes(bits))
 
     def _pieces(self, arena: int, span: int) -> list[SeededPiece]:
         return seeded_pieces(self.layout, self._seeds, arena, span) if self._seeds else []

@@ -7,13 +7,13 @@ from typing import Final
 
 import numpy as np
 
-from tallstore.codecs import GUIDED, PLANES, RAW, ZSTD, Bytes
+from tallstore.codecs import GUIDED, PLANES, RAW, SYMBOLS, ZSTD, Bytes
 from tallstore.codecs.guided import DTYPES
 from tallstore.codecs.zstd import compress
 from tallstore.dtypes import itemsize
 from tallstore.engine.chunk import Encoding
 
-__all__ = ["AS_IS", "BITS", "Policy", "elements", "policy", "residuals"]
+__all__ = ["AS_IS", "BITS", "Policy", "codes", "elements", "policy", "residuals"]
 
 #: The encoding of a chunk of elements, from its dtype and its bytes.
 Policy = Callable[[str, Bytes], Encoding]
@@ -34,6 +34,11 @@ def elements(dtype: str) -> Encoding:
         # A mantissa that saves a tenth would cost more to decode than all the exponents.
         return Encoding(PLANES, itemsize(dtype), min_gain=0.25)
     return BITS
+
+
+def codes(planes: int) -> Encoding:
+    """For packed codes of so many planes."""
+    return BITS if planes == 1 else Encoding(SYMBOLS, planes)
 
 
 def residuals(dtype: str, start: Bytes, *, plain: bool) -> Encoding:

@@ -23,7 +23,7 @@ from tallstore.packing.calibrating import Calibrate, Calibration
 from tallstore.packing.choices import dense_choice
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.correcting import BIAS_BITS, Correction
-from tallstore.packing.distilling import Distillation
+from tallstore.packing.distilling import Distillation, all_steps
 from tallstore.packing.drafting import fixed_drafts, moving, seeded_draft
 from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
@@ -163,7 +163,7 @@ class Planner:
                 calibration,
                 trial.coded,
                 steps=steps,
-                progress=lambda: self._meter.stage(f"distil {candidate.name}", steps),
+                progress=lambda: self._meter.stage(f"distil {candidate.name}", all_steps(steps)),
             ),
         )
 
