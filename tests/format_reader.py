@@ -59,6 +59,8 @@ class Reader:
             data = sparse(payload, raw)
         elif codec == 4:
             data = bytes(raw) if known is None else guided(payload, parameter, known)
+        elif codec == 5:
+            data = symbols(payload, parameter)
         else:
             assert codec == 2
             lengths = struct.unpack(f"<{parameter}I", payload[: 4 * parameter])
@@ -139,6 +141,17 @@ def body(payload: bytes, place: int, size: int) -> tuple[bytes, int]:
     whole = data if length >> 31 else zstandard.ZstdDecompressor().decompress(data)
     assert len(whole) == size
     return whole, place
+
+
+def symbols(payload: bytes, count: int) -> bytes:
+    """Planes from codes side by side."""
+    whole = np.frombuffer(zstandard.ZstdDecompressor().decompress(payload), np.uint8)
+    rows = np.unpackbits(whole.reshape(-1, 8), axis=1, bitorder="little").reshape(-1, 8, 8)
+    by_row = np.packbits(rows.transpose(0, 2, 1), axis=2, bitorder="little")[:, :, 0]
+    group = 8 // count
+    assert not by_row[:, group * count :].any()
+    planes = [by_row[:, k : group * count : count].reshape(-1) for k in range(count)]
+    return np.concatenate(planes).tobytes()
 
 
 def sparse(payload: bytes, raw: int) -> bytes:

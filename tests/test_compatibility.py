@@ -359,7 +359,7 @@ def exact_stream(store: Any) -> int:
 @pytest.mark.parametrize(
     ("fields", "found", "known"),
     [
-        ({"codec": 5}, "codec 5", "0, 1, 2, 3, 4"),
+        ({"codec": 6}, "codec 6", "0, 1, 2, 3, 4, 5"),
         ({"codec": 255}, "codec 255", "0, 1, 2"),
         ({"magic": b"TSC2"}, "a chunk of version b'2'", "b'1'"),
         ({"flags": 1}, "flags 0x1", "none"),

@@ -171,6 +171,17 @@ def coded() -> tuple[State, dict[str, State]]:
     return base, tasks
 
 
+def write_coded(path: Path) -> None:
+    """A store of `coded`."""
+    import tallstore
+
+    base, tasks = coded()
+    first = next(iter(CODES))
+    tallstore.pack(path, base, {first: tasks.pop(first)}, compress=True, **CODES[first])
+    for task, state in tasks.items():
+        tallstore.add(path, {task: state}, **CODES[task])
+
+
 def main() -> None:
     """Write one file and print its digest."""
     import tallstore
@@ -201,11 +212,7 @@ def main() -> None:
             path, None, others(), tall_lambda=LAMBDA, exact=True, external_base="zoo.tall"
         )
     elif name == "codes":
-        base, tasks = coded()
-        first = next(iter(CODES))
-        tallstore.pack(path, base, {first: tasks.pop(first)}, compress=True, **CODES[first])
-        for task, state in tasks.items():
-            tallstore.add(path, {task: state}, **CODES[task])
+        write_coded(path)
     else:
         raise SystemExit(f"{name}: plain, zoo, external or codes")
     tallstore.compact(path)
