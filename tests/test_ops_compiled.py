@@ -19,7 +19,8 @@ from tallstore.errors import DeviceError
 from tallstore.kernels import reference, seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededTensor, build, value_groups
 from tallstore.ops import programs
-from tallstore.ops.programs import PIECE, Applied, Planes, Start, Touches, located
+from tallstore.ops.programs import Planes
+from tallstore.ops.touches import PIECE, Applied, Start, Touches, located
 
 assert compiling.load()
 
@@ -286,3 +287,30 @@ def test_what_is_there_already_is_left_alone(past: int, monkeypatch: pytest.Monk
     assert elsewhere.start()() == 0
     second.since(None)
     assert second.start()() == 0
+
+
+def test_tensors_of_no_weights_do_not_shift_the_others() -> None:
+    """All of them lie nowhere, so that they are one to whoever goes by addresses."""
+    generator = np.random.default_rng(3)
+    sizes = [0, 5000, 0, 3000, 0, 700]
+    bases = [draw(generator, n, torch.float32) for n in sizes]
+    outs = [base.clone() for base in bases]
+
+    def written(codes: list[Any], before: list[Applied]) -> list[Applied]:
+        program = Touches(list(zip(codes, bases, outs, strict=True)))
+        kept = np.empty(program.under, np.uint8)
+        by_threads(program.start(before, kept), 2)
+        for code, base, out in zip(codes, bases, outs, strict=True):
+            wanted = base.clone()
+            if code is not None:
+                plain(code).apply(code, base, wanted)
+            assert torch.equal(out, wanted)
+        return [Applied(program, kept)]
+
+    before: list[Applied] = []
+    for _ in range(3):
+        codes = [code_of(generator, "sparse", n) if n else None for n in sizes]
+        before = written(codes, before)
+    before = written([None] * len(sizes), before)
+    program = Touches([(None, base, out) for base, out in zip(bases, outs, strict=True)])
+    assert program.start(before) is None

@@ -19,7 +19,7 @@ from zoo import fine_tune, make_base
 import tallstore
 from tallstore.errors import StoreClosedError
 from tallstore.interrupts import Held
-from tallstore.ops import programs
+from tallstore.ops import touches
 from tallstore.serving import TaskSwitcher
 from tallstore.serving import forms as forms_module
 from tallstore.serving.model import Model
@@ -180,7 +180,7 @@ def test_a_first_write_that_fails_can_be_made_again(
             return call
 
         # One for the compiled loops, one for the others.
-        monkeypatch.setattr(programs, "words", failing(programs.words))
+        monkeypatch.setattr(touches, "words", failing(touches.words))
         monkeypatch.setattr(forms_module, "density", failing(forms_module.density))
         with pytest.raises(MemoryError):
             switcher.switch("a")

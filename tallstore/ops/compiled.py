@@ -1,7 +1,7 @@
-"""What the loops of `ops.jit` know weights by. float16 is left to `ops.cpu`.
+"""Where the compiled loops are, and what they know weights by. float16 is left to `ops.cpu`.
 
 Whether the CPU's weights are written by them is said by `tallstore.compiling`; where they are, its
-path is `ops.programs`.
+paths are `ops.programs` and `ops.touches`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 
 __all__ = ["like", "loops", "takes"]
 
-_JIT: Final = "tallstore.ops.jit"
 #: What loops know weights by: bfloat16 ones are their bits.
 _KNOWN: Final = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
-def loops() -> Any:
-    """`ops.jit`; `compiling` must be loaded."""
-    return importlib.import_module(_JIT)
+def loops(name: str) -> Any:
+    """A module of loops; `compiling` must be loaded."""
+    return importlib.import_module(f"tallstore.ops.{name}")
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from tallstore.errors import DeviceError, MismatchError, OptionError
 from tallstore.kernels import seeded_reference, sparse_reference
 from tallstore.kernels.seeded_reference import SeededCode
 from tallstore.kernels.sparse_reference import SparseCode, compress
-from tallstore.ops import compiled, cpu_sparse, programs
+from tallstore.ops import compiled, cpu_sparse, touches
 from tallstore.ops.backend import choose_backend, same_device
 from tallstore.ops.checks import check_planes, check_rows, check_table, check_weights
 from tallstore.ops.reconstruction import reconstruct
@@ -229,7 +229,7 @@ def locate_seeded(code: SeededCode, *, backend: str | None = None) -> SparseCode
     chosen = choose_backend(code.table.device, backend, compiles=True)
     if chosen not in ("cpu", "compiled"):
         raise DeviceError(f"backend={chosen!r}: places are worked out on the CPU; move the code")
-    kernels: Any = programs if chosen == "compiled" else cpu_sparse
+    kernels: Any = touches if chosen == "compiled" else cpu_sparse
     found: SparseCode = kernels.located(code)
     return found
 
@@ -264,7 +264,7 @@ def _kernels(
     check_weights(code.weights, base=base, out=out)
     chosen = choose_backend(device, backend, compiles=True)
     if chosen == "compiled" and compiled.takes(base, out):
-        return programs
+        return touches
     if chosen in ("cpu", "compiled"):
         return cpu_sparse
     pick: Callable[[AnySparseCode], ModuleType] = _triton if chosen == "triton" else _reference

@@ -1,4 +1,4 @@
-"""32 weights at once, written past the caches, and sharing rows: for loops of numba's (`ops.jit`).
+"""32 weights at once, written past the caches, and sharing rows: for loops of numba's.
 
 A store reads the line that it writes to before it writes it, to keep what it does not overwrite.
 Here whole lines are written, so that reading is half of the traffic for nothing; a store that is
@@ -118,7 +118,7 @@ def _load(builder: Any, address: Any, like: Any) -> Any:
 
 
 def _narrow(builder: Any, value: Any, nan: Any) -> Any:
-    """Float32 rounded to bfloat16, to the nearest and to even, as `ops.jit` does it."""
+    """Float32 rounded to bfloat16, to the nearest and to even, as `ops.weightloops` does it."""
     bits = builder.bitcast(value, _WORD)
     odd = builder.and_(builder.lshr(bits, _SHIFT), ir.Constant(_WORD, [1] * WIDTH))
     near = builder.add(builder.add(bits, ir.Constant(_WORD, [0x7FFF] * WIDTH)), odd)

@@ -23,7 +23,8 @@ from tallstore.ops import (
     restore_sparse,
     switch_sparse,
 )
-from tallstore.ops.programs import Applied, Kept, Planes, Touches, Work
+from tallstore.ops.programs import Planes, Work
+from tallstore.ops.touches import Applied, Kept, Touches
 from tallstore.scratch import Scratch
 from tallstore.serving.arrangement import Arrangement, compiles
 
