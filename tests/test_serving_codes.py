@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_helpers import DEVICE
 from serving_helpers import Net, assert_is, loops
-from zoo import fine_tune, make_base
+from zoo import bits, fine_tune, make_base
 
 import tallstore
 from tallstore.ops import SeededCode, SparseCode
@@ -72,6 +72,23 @@ def test_it_is_what_load_gives(tmp_path: Path, name: str, dtype: torch.dtype) ->
         for task in "abcba":
             switcher.switch(task)
             assert_is(model, store, task)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels hash as they go")
+def test_a_budget_that_has_no_room_for_places(tmp_path: Path) -> None:
+    store, wide = tmp_path / "zoo.tall", torch.randn(500, 400)
+    base = {"wide": wide}
+    tasks = {name: {"wide": wide + torch.randn(500, 400) / 50} for name in "ab"}
+    tallstore.pack(store, base, tasks, code="seeded")
+    model = {"wide": wide.clone()}
+    with TaskSwitcher(model, store) as switcher:
+        located = switcher.need().codes
+        assert set(forms(switcher)) == {SparseCode}
+    with TaskSwitcher(model, store, budget=located - 1) as switcher:
+        assert set(forms(switcher)) == {SeededCode} and switcher.need().codes < located / 2
+        for task in "aba":
+            switcher.switch(task)
+            assert bits(model["wide"]) == bits(tallstore.load(store, task=task)["wide"])
 
 
 def test_codes_of_all_kinds_in_turn(tmp_path: Path) -> None:

@@ -121,8 +121,9 @@ class Distillation:
                     picked.get(place),
                     base[names[0]],
                     fixed[names[0]],
-                    self._original(target, own),
-                    shared=target.shared,
+                    self._original(target, own)
+                    if drafts[place].form == PLANES and not target.shared
+                    else None,
                 )
                 for place, (own, names) in self._places().items()
                 if place in drafts and not drafts[place].left
@@ -136,7 +137,7 @@ class Distillation:
         return replace(self._candidate, changed={**kept, **changed}), made
 
     def _original(self, target: Target, own: int) -> Tensor:
-        """The weights that the codes of a segment are of."""
+        """The weights that dense codes of a segment round: flat, float32."""
         changed = {} if target.coded is None else target.coded.changed
         source, found = self._candidate.source, changed.get(own)
         if found is None:
@@ -239,9 +240,7 @@ class _Pupil:
         picked: Positions | None,
         base: Tensor,
         coded: Tensor,
-        original: Tensor,
-        *,
-        shared: bool,
+        original: Tensor | None,
     ) -> None:
         self.names = names
         self.own = own
@@ -257,20 +256,19 @@ class _Pupil:
             self._at = torch.from_numpy(picked[picked < moved.numel()])
         elif draft.form == SPARSE:
             self._at = moved.nonzero().view(-1)
-        wanted = original.reshape(-1) - self._base
-        dense = draft.form == PLANES and not shared
-        self._has_values = self._at is not None or dense
+        before = None if original is None else original - self._base
+        #: Whether weights have values of their own; else they have a gain in common.
+        self.has_values = self._at is not None or before is not None
         self._moved = moved if self._at is None else moved[self._at]
         size = float(self._moved.square().mean().sqrt()) if self._moved.numel() else 0.0
         self.moved = size > 0
         self._size = size or 1.0
-        before = wanted if dense else None
         sizes = self._moved.abs() / self._size
         self._levels = torch.tensor(_scaled(draft.magnitudes, sizes, before))
         self._between = (self._levels[1:] + self._levels[:-1]) / 2
         self._gain = torch.ones(()).requires_grad_()
         self.numbers = [self._gain]
-        if self._has_values:
+        if self.has_values:
             values = self._moved / self._size
             if before is not None:
                 # As they were before they were rounded, made as long as their levels are.
@@ -280,14 +278,9 @@ class _Pupil:
 
     def rated(self, rate: float) -> list[tuple[Tensor, float]]:
         """Its numbers, and how large a step of each is."""
-        dense = self._has_values and self._at is None
+        dense = self.has_values and self._at is None
         steps = (rate, min(_DENSE * rate, _DENSE_MOST) if dense else rate)
         return list(zip(self.numbers, steps, strict=False))
-
-    @property
-    def has_values(self) -> bool:
-        """Whether weights have values of their own; else they have a gain in common."""
-        return self._has_values
 
     def draft_of(self) -> Draft:
         """How it is to be coded now; of `SEEDED` the magnitudes are fitted to its values."""
@@ -305,7 +298,7 @@ class _Pupil:
     def weights(self) -> Tensor:
         """Of the tensor, with gradients: of values as if they were not rounded to levels."""
         gain = self._gain.clamp(min=_LEAST)
-        if not self._has_values:
+        if not self.has_values:
             return (self._base + gain * self._moved).view(self._shape)
         values = self._values / gain
         nearest = self._levels[torch.bucketize(values.detach().abs(), self._between)]

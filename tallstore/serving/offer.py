@@ -61,21 +61,29 @@ class Offer:
         self.plans = {name: self._plan(name, model, choice) for name in names}
         self.resident = Resident(store._held(), store._catalog, model.device, pool)
         self.reader = Reader(self.resident, pool)
-        self._locate()
 
-    def _locate(self) -> None:
-        """On the CPU, keep seeded values with their places, where those take less than the base.
+    def locate(self, budget: int | None) -> None:
+        """On the CPU, keep seeded values with their places, where all codes fit so.
 
-        To work the places out takes a switch longer than all the rest. So model, base and codes of
-        all tasks take three times the model at the most.
+        To work the places out takes a switch longer than all the rest. They fit where they take no
+        more than the base, so that model, base and codes take three times the model at the most.
+
+        Parameters
+        ----------
+        budget
+            That they have to fit in too; None: there is none.
         """
-        plans = self.plans.values()
-        for made in plans:
-            made.located = self.model.device.type == "cpu"
-        need = self.need()
-        if need.codes > need.base:
-            for made in plans:
-                made.located = False
+        if self.model.device.type != "cpu":
+            return
+        otherwise = self.need()
+        room = otherwise.base if budget is None else min(otherwise.base, budget)
+        self._keep_places(True)
+        if self.need().codes > max(room, otherwise.codes):
+            self._keep_places(False)
+
+    def _keep_places(self, located: bool) -> None:
+        for made in self.plans.values():
+            made.located = located
 
     def _plan(self, name: str, model: Model, choice: Choice) -> Plan:
         fidelity = choice.fidelity

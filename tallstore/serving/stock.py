@@ -55,6 +55,7 @@ class Stock:
         self.offer = offer
         self.device = device
         self.resident = resident
+        offer.locate(budget)
         self.need = offer.need()
         self._sizes = {task: plan.nbytes for task, plan in offer.plans.items()}
         limit = self._limit(budget)
