@@ -1,6 +1,7 @@
 """What codecs cost against the entropy, and how fast one core decodes them.
 
-``python -m bench.codecs [--cache DIR] [--zoo DIR]``. Sparse signs at random places; shared vectors
+``python -m bench.codecs [--cache DIR] [--zoo DIR]``. Sparse signs at random places; a task vector
+of MiniLM rounded to multiples of a step, its codes side by side and plane by plane; shared vectors
 in 8 and 4 bits; reconstruction from one to four planes beside ``torch.add``; residuals of a real
 fine-tune of MiniLM by byte planes and given the base; and what knowing the shared vector's
 magnitude would save on TALL masks, with the time that sorting by it takes alone.
@@ -24,7 +25,7 @@ from bench.rows import write
 from bench.timing import by_turns
 from bench.zoos.minilm import Zoo, zoo
 from tallstore.bits import pack_bits
-from tallstore.codecs import GUIDED, PLANES, SPARSE, Codec
+from tallstore.codecs import GUIDED, PLANES, SPARSE, SYMBOLS, ZSTD, Codec
 from tallstore.codecs.guided import DTYPES
 from tallstore.codecs.quantized import FORMS, dequantize, quantize
 from tallstore.codecs.sparse import compact_form
@@ -83,6 +84,49 @@ def sparse() -> list[Any]:
                 **speeds,
             )
         )
+    return rows
+
+
+def rounded(start: Any, tuned: Any) -> list[Any]:
+    """2**20 weights from the middle, rounded to multiples of a step: of root mean squares."""
+    rows = []
+    middle = slice(start.size // 2, start.size // 2 + _SPAN)
+    moved = tuned[middle] - start[middle]
+    size = np.abs(moved) / np.sqrt(np.mean(moved * moved))
+    for count in (2, 3, 4):
+        for step in (0.5, 1.0, 1.4, 2.0, 2.8):
+            most = (1 << (count - 1)) - 1
+            codes = np.minimum(np.rint(size / step), most).astype(np.uint8)
+            share = np.bincount(codes) / _SPAN
+            # Nothing has no sign.
+            entropy = 1 - share[0] - sum(p * math.log2(p) for p in share.tolist() if p)
+            codes |= ((moved < 0) & (codes > 0)).astype(np.uint8) << np.uint8(count - 1)
+            bits = [(codes >> np.uint8(k) & np.uint8(1)).view(np.bool_) for k in range(count)]
+            data = np.concatenate([pack_bits(plane) for plane in bits])
+            payload = SYMBOLS.encode(data, parameter=count, min_gain=-1.0)
+            alone = ZSTD.encode(data, parameter=0, min_gain=0.0)
+            assert payload is not None
+            view, out = memoryview(payload), np.empty_like(data)
+            SYMBOLS.decode(view, out, parameter=count)
+            assert np.array_equal(out, data)
+            speeds = _speeds(
+                {
+                    "decode": lambda view=view, out=out, count=count: SYMBOLS.decode(
+                        view, out, parameter=count
+                    ),
+                    "encode": lambda data=data, count=count: SYMBOLS.encode(
+                        data, parameter=count, min_gain=-1.0
+                    ),
+                }
+            )
+            facts = {
+                "nothing": float(share[0]),
+                "entropy": entropy,
+                "bits": 8 * len(payload) / _SPAN,
+                "over_entropy": 8 * len(payload) / _SPAN / entropy,
+                "by_plane": 8 * (data.size if alone is None else len(alone)) / _SPAN,
+            }
+            rows.append(_show(f"{count} planes, step {step:g}", **facts, **speeds))
     return rows
 
 
@@ -251,7 +295,7 @@ def main() -> None:
     ]
     start, tuned = flat(base, names), {t: flat(s, names) for t, s in states.items()}
     print("speeds: G weights/s of one core")
-    rows = sparse() + quantized() + reconstruction()
+    rows = sparse() + rounded(start, next(iter(tuned.values()))) + quantized() + reconstruction()
     rows += residuals(start, next(iter(tuned.values()))) + masks(start, tuned)
     print(write("codecs", rows))
 
