@@ -88,10 +88,10 @@ def sparse() -> list[Any]:
 
 
 def rounded(start: Any, tuned: Any) -> list[Any]:
-    """2**20 weights from the middle, rounded to multiples of a step: of root mean squares."""
+    """2**20 weights that moved, the last, rounded to multiples of a step: of root mean squares."""
     rows = []
-    middle = slice(start.size // 2, start.size // 2 + _SPAN)
-    moved = tuned[middle] - start[middle]
+    moved = tuned - start
+    moved = moved[moved != 0][-_SPAN:]
     size = np.abs(moved) / np.sqrt(np.mean(moved * moved))
     for count in (2, 3, 4):
         for step in (0.5, 1.0, 1.4, 2.0, 2.8):
