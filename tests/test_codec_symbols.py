@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tallstore.bits import pack_bits
 from tallstore.codecs import SYMBOLS, ZSTD, Bytes
+from tallstore.engine.chunk import ChunkBuffer, Encoding, seal_chunk
 from tallstore.errors import CorruptStoreError
 
 COUNTS = pytest.mark.parametrize("count", [2, 3, 4])
@@ -104,3 +105,30 @@ def test_what_encode_does_not_write_is_refused() -> None:
     for broken in (b"", high[:-1], high + b"x"):
         with pytest.raises(CorruptStoreError):
             decode(broken, 800, 4)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_shorter_of_two_encodings_is_written(alike: bool) -> None:
+    """Rows that hardly moved are shorter plane by plane."""
+    codes = rounded(1 << 18, 1.4, 4)
+    if alike:
+        codes = np.repeat(codes[: codes.size // 16], 16) ^ (codes & 8)
+    data = planes_of(codes, 4)
+    buffer = ChunkBuffer.of(data.size)
+    np.copyto(buffer.data, data)
+    both = Encoding(SYMBOLS, 4, otherwise=Encoding(ZSTD))
+    chunk = bytes(seal_chunk(buffer, store=bytes(16), key=bytes(12), encoding=both))
+    sizes = {
+        codec.number: len(codec.encode(data, parameter=parameter, min_gain=0.05) or data)
+        for codec, parameter in ((SYMBOLS, 4), (ZSTD, 0))
+    }
+    assert chunk[4] == (ZSTD.number if alike else SYMBOLS.number)
+    assert len(chunk) - 48 == sizes[chunk[4]] == min(sizes.values())
+
+
+def test_nothing_is_encoded_where_neither_gains() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 1 << 12).astype(np.uint8)
+    assert Encoding(SYMBOLS, 4, otherwise=Encoding(ZSTD)).encode(data) is None
+    zeros = np.zeros(1 << 12, np.uint8)
+    found = Encoding(otherwise=Encoding(ZSTD)).encode(zeros)
+    assert found is not None and found[0] is ZSTD

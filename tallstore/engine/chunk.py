@@ -45,6 +45,20 @@ class Encoding:
     min_gain: float = 0.05
     side: Bytes | None = field(default=None, compare=False, repr=False)
     """As many bytes as the chunk's, which whoever reads it will have too."""
+    otherwise: Encoding | None = None
+    """Another one to try: the shorter payload is taken, of equals the first."""
+
+    def encode(self, data: Bytes) -> tuple[Codec, int, bytes] | None:
+        """Codec, parameter and payload; None where nothing gains enough."""
+        found = None if self.otherwise is None else self.otherwise.encode(data)
+        if self.codec is RAW or not data.size:
+            return found
+        payload = self.codec.encode(
+            data, parameter=self.parameter, min_gain=self.min_gain, side=self.side
+        )
+        if payload is None or (found is not None and len(found[2]) < len(payload)):
+            return found
+        return self.codec, self.parameter, payload
 
 
 def _digest(store: bytes, key: bytes, head: bytes | memoryview, payload: object) -> bytes:
@@ -87,15 +101,11 @@ def seal_chunk(buffer: ChunkBuffer, *, store: bytes, key: bytes, encoding: Encod
     data = buffer.data
     if data.size > MAX_CHUNK:
         raise ValueError(f"a chunk of {data.size} bytes is over {MAX_CHUNK}")
-    codec, parameter = encoding.codec, encoding.parameter
-    payload = None
-    if codec is not RAW and data.size:
-        payload = codec.encode(
-            data, parameter=parameter, min_gain=encoding.min_gain, side=encoding.side
-        )
-    if payload is None:
+    found = encoding.encode(data)
+    if found is None:
         whole, number, parameter = buffer.whole, RAW.number, 0
     else:
+        codec, parameter, payload = found
         whole, number = ChunkBuffer.of(len(payload)).whole, codec.number
         np.copyto(whole[HEADER_SIZE:], np.frombuffer(payload, np.uint8))
     chunk = whole.data

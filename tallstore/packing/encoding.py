@@ -227,8 +227,8 @@ class TargetEncoder:
             dense_signs = _DENSE * count_bits(packed) >= 4 * packed.size
             self._sparse[arena].put(span, packed, encoding=codes(2) if dense_signs else _SIGNS)
         if values is not None:
-            # Not side by side: few values of many tensors, each with levels of its own.
-            self._seeded[arena].put(span, values.reshape(-1), encoding=BITS)
+            encoding = codes(self._value_bits[arena])
+            self._seeded[arena].put(span, values.reshape(-1), encoding=encoding)
 
     def _pieces(self, arena: int, span: int) -> list[SeededPiece]:
         return seeded_pieces(self.layout, self._seeds, arena, span) if self._seeds else []

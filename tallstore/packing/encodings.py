@@ -37,8 +37,12 @@ def elements(dtype: str) -> Encoding:
 
 
 def codes(planes: int) -> Encoding:
-    """For packed codes of so many planes."""
-    return BITS if planes == 1 else Encoding(SYMBOLS, planes)
+    """For packed codes of so many planes.
+
+    Codes that are much alike from one weight to the next, as in rows that hardly moved, are shorter
+    plane by plane; all others side by side.
+    """
+    return BITS if planes == 1 else Encoding(SYMBOLS, planes, otherwise=BITS)
 
 
 def residuals(dtype: str, start: Bytes, *, plain: bool) -> Encoding:
