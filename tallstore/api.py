@@ -255,10 +255,11 @@ def pack(
         which the module's outputs, taken for logits, diverge least. That takes twice a task's size
         of memory. Not for codes over a shared vector.
     distil
-        Steps in which coded values, and how long steps of a whole tensor are, are trained on what
-        `calibrate` gives, a batch a step, to make the module's outputs, taken for logits, the
-        original's: some 100, over several hundred inputs. The bits stay what they are; it takes a
-        forward and a backward pass a step, and their memory.
+        Steps in which coded values, and which way each weight of dense codes is rounded, are
+        trained on what `calibrate` gives, a batch a step, to make the module's outputs, taken for
+        logits, the original's: some 100, over several hundred inputs; half as many more find how
+        large a step is. Dense codes may take a few per cent more bits; it takes a forward and a
+        backward pass a step, and their memory.
     vector_dtype
         ``"bfloat16"``, ``"float16"`` or ``"float32"``. Masks are made for the rounded vector.
     exact

@@ -314,3 +314,12 @@ def test_tensors_of_no_weights_do_not_shift_the_others() -> None:
     before = written([None] * len(sizes), before)
     program = Touches([(None, base, out) for base, out in zip(bases, outs, strict=True)])
     assert program.start(before) is None
+
+
+def test_tensors_of_no_weights_do_not_stand_for_one_that_is_unknown() -> None:
+    nothing, base, out, other = torch.zeros(0), torch.randn(100), torch.zeros(100), torch.randn(50)
+    first = Touches([(None, nothing, nothing)])
+    second = Touches([(None, nothing, nothing), (None, other, torch.zeros(50))])
+    program = Touches([(None, nothing, nothing), (None, base, out)])
+    by_threads(program.start([Applied(first), Applied(second)]), 2)
+    assert torch.equal(out, base)

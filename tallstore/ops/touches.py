@@ -144,7 +144,7 @@ class Touches:
         self._tensors = tensors
         self._addresses = [part[-1].data_ptr for part in parts]
         self._outs: list[int] = tensors[:, 3].tolist()
-        # Tensors of no weights have one key in common, and nothing is ever asked of them.
+        # Tensors of no weights have one key in common.
         self._keys = list(map(tuple, tensors[:, _WHERE].tolist()))
         self._numbers = {key: n for n, key in enumerate(self._keys)}
         self._pieces = np.zeros(len(parts) + 1, np.int64)
@@ -184,9 +184,13 @@ class Touches:
             Takes what lies under the codes, so that it need not be looked up in the base when they
             are taken back: `under` bytes. None: it is not kept.
         """
-        bare = [one.by for one in before if not len(one.by._rows)]
-        if not len(self._rows) and sum(len(self._shared(by)[0]) for by in bare) == len(self._outs):
-            return None
+        if not len(self._rows):
+            there = self._tensors[:, 0] == 0
+            for one in before:
+                if not len(one.by._rows):
+                    there[self._shared(one.by)[0]] = True
+            if there.all():
+                return None
         tensors = self._tensors.copy()
         tensors[:, _COPIED] = 1
         olds, first, moved = [_NO_CODE], 0, int(self._some.sum())

@@ -10,7 +10,7 @@ it (bias correction: Nagel et al., arXiv 1906.04721, section 4.2).
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -145,35 +145,48 @@ class Calibration:
         """How many there are."""
         return len(self._batches)
 
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of the task's is a parameter of the module: buffers are as they are."""
+        own = renamed(name, self._prefix)
+        return any(own == n for n, _ in self._module.named_parameters(remove_duplicate=False))
+
     def loss(self, state: Mapping[str, Tensor], batch: int) -> Tensor:
         """The same for one batch and a state that may need gradients, by item; not checked."""
         module, given = self._module, self._batches[batch]
-        there = _weights(module)
+        there, trained = _weights(module), dict(module.named_parameters(remove_duplicate=False))
         # Of those that the module ties one is given, the last, as a state dict is loaded.
         given_by: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in state.items():
             own = renamed(name, self._prefix)
             if own in there:
-                given_by[id(there[own])] = own, tensor.to(there[own])
+                # Buffers the module may write to.
+                it = tensor.to(there[own], copy=own not in trained)
+                given_by[id(there[own])] = own, it
         arguments, words = _arguments(given)
         arguments = tuple(map(_trainable, arguments))
         words = {name: _trainable(value) for name, value in words.items()}
         weights = dict(given_by.values())
         found = list(_tensors(functional_call(module, weights, arguments, words)))
         wanted = list(map(_trainable, self._wanted[batch]))
-        items = sum(one.numel() // one.shape[-1] if one.dim() else 1 for one in wanted)
-        return torch.stack(list(map(_divergence, found, wanted))).sum() / max(items, 1)
+        items = sum(one.numel() // (one.shape[-1] if _is_logits(one) else 1) for one in wanted)
+        total = torch.stack(list(map(_divergence, found, wanted))).sum()
+        return total / float(max(items, 1))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The module as it is when it is used, and as it was afterwards."""
         modes = [(part, part.training) for part in self._module.modules()]
+        # Some count their calls, or keep what they were given.
+        kept = [(t, t.detach().clone()) for t in self._module.buffers() if not t.is_inference()]
         self._module.eval()
         try:
             yield
         finally:
             for part, training in modes:
                 part.training = training
+            with torch.no_grad():
+                for tensor, was in kept:
+                    tensor.copy_(was)
 
     def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
         try:
@@ -300,18 +313,26 @@ def _distance(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> 
 
 def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted || given) of logits on the last axis; of single numbers the squared distance."""
-    if not wanted.dim() or wanted.shape[-1] < 2:
+    if not _is_logits(wanted):
         return (given - wanted).square().sum()
     one, other = wanted.log_softmax(-1), given.log_softmax(-1)
     # What is impossible to both takes no part.
     return torch.where(one.isneginf(), 0.0, one.exp() * (one - other)).sum()
 
 
+def _is_logits(output: Tensor) -> bool:
+    """Whether there are several numbers an item: those of one axis are an item each."""
+    return output.dim() > 1 and output.shape[-1] > 1
+
+
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:
     """Submodules that add a bias to what they give last, and where the channels of that are."""
-    for name, part in module.named_modules():
+    parts = list(module.named_modules())
+    # One that several layers add cannot be right for all.
+    uses = Counter(id(getattr(part, "bias", None)) for _, part in parts)
+    for name, part in parts:
         bias = getattr(part, "bias", None)
-        if not isinstance(bias, nn.Parameter) or bias.dim() != 1:
+        if not isinstance(bias, nn.Parameter) or bias.dim() != 1 or uses[id(bias)] > 1:
             continue
         if isinstance(part, _LAST):
             yield name, lambda output: output.dim() - 1

@@ -5,7 +5,7 @@ are noise to each other. Trained on inputs that need no labels, with what the or
 as the target (distillation: Hinton et al., arXiv 1503.02531), the same few take each other into
 account. Their places stay, and so does what they take on disk. Of dense codes every weight learns
 which way to be rounded (as in AdaRound, arXiv 2004.10568), and the levels how long to be (as
-BitDelta's scales do, arXiv 2402.10193, section 3.1); over a shared vector only the latter.
+BitDelta's scales do, arXiv 2402.10193, section 3.1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tallstore.codecs import Bytes
-from tallstore.codes import PLANES, SEEDED, SPARSE
+from tallstore.codes import PLANES, SPARSE
 from tallstore.dtypes import torch_dtype
 from tallstore.errors import OptionError
 from tallstore.packing.calibrating import Calibration
@@ -115,23 +115,22 @@ class Distillation:
             fixed = {n: t.detach().clone() for n, t in coded.items() if isinstance(t, Tensor)}
             pupils = [
                 _Pupil(
-                    names,
+                    _tied(coded, names),
                     own,
                     drafts[place],
                     picked.get(place),
                     base[names[0]],
                     fixed[names[0]],
-                    self._original(target, own)
-                    if drafts[place].form == PLANES and not target.shared
-                    else None,
+                    self._original(target, own) if drafts[place].form == PLANES else None,
                 )
                 for place, (own, names) in self._places().items()
                 if place in drafts and not drafts[place].left
+                if any(map(self._calibration.trains, names))
             ]
             pupils = [pupil for pupil in pupils if pupil.moved]
             self._train(pupils, fixed)
         segments = self._candidate.source.segments
-        changed = {p.own: p.bytes(segments[p.own].dtype) for p in pupils if p.has_values}
+        changed = {p.own: p.bytes(segments[p.own].dtype) for p in pupils}
         kept = {} if target.coded is None else target.coded.changed
         made = {pupil.draft.segment: pupil.draft_of() for pupil in pupils}
         return replace(self._candidate, changed={**kept, **changed}), made
@@ -195,6 +194,8 @@ class Distillation:
                     state[name] = weights if weights.shape == shape else weights.view(shape)
             try:
                 loss = self._calibration.loss(state, step % self._calibration.batches)
+                if not loss.requires_grad:
+                    return math.inf  # the module has no use for what is trained
                 # Not backward(): what else the module has would get gradients too.
                 found = torch.autograd.grad(
                     loss, [number for number, _ in rates], allow_unused=True
@@ -212,6 +213,13 @@ class Distillation:
             advance(1)
         last = mean(left[-max(steps // 3, 1) :])
         return last if math.isfinite(last) else math.inf
+
+
+def _tied(state: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    """All names of a tensor in a state dict, in its order: one object may have several."""
+    there = state[names[0]]
+    others = [n for n, tensor in state.items() if tensor is there and n not in names]
+    return (*names, *others)
 
 
 def _trial(steps: int) -> int:
@@ -250,15 +258,14 @@ class _Pupil:
         # Clones, since what was loaded in inference mode takes no part in training.
         self._base = base.clone().float().reshape(-1)
         moved = coded.float().reshape(-1) - self._base
+        #: Which weights have values; None: all.
         self._at: Tensor | None = None
-        if draft.form == SEEDED and picked is not None:
+        if draft.form == SPARSE:
+            self._at = moved.nonzero().view(-1)
+        elif picked is not None:
             # The task may have fewer rows than the base.
             self._at = torch.from_numpy(picked[picked < moved.numel()])
-        elif draft.form == SPARSE:
-            self._at = moved.nonzero().view(-1)
         before = None if original is None else original - self._base
-        #: Whether weights have values of their own; else they have a gain in common.
-        self.has_values = self._at is not None or before is not None
         self._moved = moved if self._at is None else moved[self._at]
         size = float(self._moved.square().mean().sqrt()) if self._moved.numel() else 0.0
         self.moved = size > 0
@@ -267,26 +274,21 @@ class _Pupil:
         self._levels = torch.tensor(_scaled(draft.magnitudes, sizes, before))
         self._between = (self._levels[1:] + self._levels[:-1]) / 2
         self._gain = torch.ones(()).requires_grad_()
-        self.numbers = [self._gain]
-        if self.has_values:
-            values = self._moved / self._size
-            if before is not None:
-                # As they were before they were rounded, made as long as their levels are.
-                values = before * (float(self._levels[-1]) / draft.magnitudes[-1])
-            self._values = values.requires_grad_()
-            self.numbers.append(self._values)
+        values = self._moved / self._size
+        if before is not None:
+            # As they were before they were rounded, made as long as their levels are.
+            values = before * (float(self._levels[-1]) / draft.magnitudes[-1])
+        self._values = values.requires_grad_()
+        self.numbers = (self._gain, self._values)
 
-    def rated(self, rate: float) -> list[tuple[Tensor, float]]:
+    def rated(self, rate: float) -> tuple[tuple[Tensor, float], ...]:
         """Its numbers, and how large a step of each is."""
-        dense = self.has_values and self._at is None
-        steps = (rate, min(_DENSE * rate, _DENSE_MOST) if dense else rate)
-        return list(zip(self.numbers, steps, strict=False))
+        of_values = min(_DENSE * rate, _DENSE_MOST) if self._at is None else rate
+        return (self._gain, rate), (self._values, of_values)
 
     def draft_of(self) -> Draft:
         """How it is to be coded now; of `SEEDED` the magnitudes are fitted to its values."""
         gain = float(self._gain.detach().clamp(min=_LEAST))
-        if not self.has_values:
-            return replace(self.draft, gain=gain)
         if self.draft.form == PLANES:
             levels = self._levels * (gain * self._size)
             return replace(self.draft, magnitudes=tuple(levels.tolist()), corrected=True)
@@ -298,8 +300,6 @@ class _Pupil:
     def weights(self) -> Tensor:
         """Of the tensor, with gradients: of values as if they were not rounded to levels."""
         gain = self._gain.clamp(min=_LEAST)
-        if not self.has_values:
-            return (self._base + gain * self._moved).view(self._shape)
         values = self._values / gain
         nearest = self._levels[torch.bucketize(values.detach().abs(), self._between)]
         rounded = torch.copysign(nearest, values.detach())

@@ -39,8 +39,6 @@ class Draft:
     """Of `SEEDED`."""
     corrected: bool = False
     """Whether it is of other weights than the checkpoint's, which are as long as they must be."""
-    gain: float = 1.0
-    """What its levels are multiplied with beside what the gain rule says."""
     left: bool = False
     """Whether the tensor is left as the base has it: `SPARSE`, and nothing is touched."""
 
@@ -76,7 +74,6 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
         if draft.corrected
         else gain_factor(gain, moved=stats.moved, projection=stats.projection, norm=stats.norm)
     )
-    factor = None if factor is None else factor * draft.gain
     code = None if factor is None else draft.code(factor)
     if code is None and draft.form == SEEDED:
         # Its values are on the disk already, and the next ones' places hang on them.
