@@ -53,7 +53,7 @@ FAMILIES: Final = {
             "vision",
             vision.zoo,
             vision.calibration,
-            {"count": 512, "batch": 64},
+            {"count": 1024, "batch": 64},
             validation=200,
             test=500,
         ),

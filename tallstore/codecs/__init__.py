@@ -13,10 +13,23 @@ from tallstore.codecs.sparse import SparseCodec
 from tallstore.codecs.symbols import SymbolsCodec
 from tallstore.codecs.zstd import ZstdCodec
 
-__all__ = ["CODECS", "GUIDED", "PLANES", "RAW", "SPARSE", "SYMBOLS", "ZSTD", "Bytes", "Codec"]
+__all__ = [
+    "CODECS",
+    "GUIDED",
+    "PLANES",
+    "RAW",
+    "SPARSE",
+    "SYMBOLS",
+    "TEXT",
+    "ZSTD",
+    "Bytes",
+    "Codec",
+]
 
 RAW: Final = RawCodec()
 ZSTD: Final = ZstdCodec()
+#: The same frames, looked for longer: a fifth shorter of a document, 7 MB/s.
+TEXT: Final = ZstdCodec(level=16)
 PLANES: Final = PlanesCodec()
 SPARSE: Final = SparseCodec()
 GUIDED: Final = GuidedCodec()

@@ -97,15 +97,24 @@ def decompress(payload: memoryview, out: Bytes) -> None:
 
 
 class ZstdCodec:
-    """A whole chunk as one zstd frame; `parameter` is unused."""
+    """A whole chunk as one zstd frame; `parameter` is unused.
+
+    Parameters
+    ----------
+    level
+        Of zstd: 1 keeps up with the disk. Readers need not know.
+    """
 
     number: Final[int] = 1
+
+    def __init__(self, *, level: int = _LEVEL) -> None:
+        self._level = level
 
     def encode(
         self, data: Bytes, *, parameter: int, min_gain: float, side: Bytes | None = None
     ) -> bytes | None:
-        """Compress at level 1, the level that keeps up with the disk."""
-        return compress(data, min_gain=min_gain)
+        """Compress."""
+        return compress(data, min_gain=min_gain, level=self._level)
 
     def decode(
         self, payload: memoryview, out: Bytes, *, parameter: int, side: Bytes | None = None

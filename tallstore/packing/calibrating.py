@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -32,6 +33,10 @@ _LAST: Final = (nn.Linear, nn.LayerNorm)
 #: And before so many axes of places.
 _PLACES: Final = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+#: To train with, logits are softened until what is likeliest has this chance on average, at most.
+_SURE: Final = 0.9
+_HOTTEST: Final = 4.0
 
 
 class Calibration:
@@ -150,8 +155,27 @@ class Calibration:
         own = renamed(name, self._prefix)
         return any(own == n for n, _ in self._module.named_parameters(remove_duplicate=False))
 
+    @cached_property
+    def temperature(self) -> float:
+        """What logits are divided by to train with them (Hinton et al., arXiv 1503.02531).
+
+        1 where the original has its doubts. Of what it is sure of, as classifiers are of what they
+        were trained on, the logits say little but for which is the largest; softened, all of them.
+        """
+        logits = [one for batch in self._wanted for one in batch if _is_logits(one)]
+        low, high = 1.0, _HOTTEST
+        if not logits or not _sureness(logits, low) > _SURE:
+            return low
+        while high > 1.02 * low:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if _sureness(logits, middle) > _SURE else (low, middle)
+        return high
+
     def loss(self, state: Mapping[str, Tensor], batch: int) -> Tensor:
-        """The same for one batch and a state that may need gradients, by item; not checked."""
+        """How far a batch of a state that may need gradients is off, by item; not checked.
+
+        As `distance` has it, but for logits' `temperature`.
+        """
         module, given = self._module, self._batches[batch]
         there, trained = _weights(module), dict(module.named_parameters(remove_duplicate=False))
         # Of those that the module ties one is given, the last, as a state dict is loaded.
@@ -169,7 +193,8 @@ class Calibration:
         found = list(_tensors(functional_call(module, weights, arguments, words)))
         wanted = list(map(_trainable, self._wanted[batch]))
         items = sum(one.numel() // (one.shape[-1] if _is_logits(one) else 1) for one in wanted)
-        total = torch.stack(list(map(_divergence, found, wanted))).sum()
+        each = [_divergence(*pair, self.temperature) for pair in zip(found, wanted, strict=False)]
+        total = torch.stack(each).sum()
         return total / float(max(items, 1))
 
     @contextmanager
@@ -311,13 +336,23 @@ def _distance(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> 
     return found if math.isfinite(found) else math.inf
 
 
-def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || given) of logits on the last axis; of single numbers the squared distance."""
+def _divergence(given: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(wanted || given) of logits on the last axis; of single numbers the squared distance.
+
+    Multiplied by the temperature's square, so that gradients are as large at any.
+    """
     if not _is_logits(wanted):
         return (given - wanted).square().sum()
-    one, other = wanted.log_softmax(-1), given.log_softmax(-1)
+    one, other = ((logits / temperature).log_softmax(-1) for logits in (wanted, given))
     # What is impossible to both takes no part.
-    return torch.where(one.isneginf(), 0.0, one.exp() * (one - other)).sum()
+    each = torch.where(one.isneginf(), 0.0, one.exp() * (one - other))
+    return temperature**2 * each.sum()
+
+
+def _sureness(logits: Sequence[Tensor], temperature: float) -> float:
+    """The chance of what is likeliest, on average over the items."""
+    chances = [(one / temperature).softmax(-1).amax(-1).flatten() for one in logits]
+    return float(torch.cat(chances).double().mean())
 
 
 def _is_logits(output: Tensor) -> bool:

@@ -7,20 +7,22 @@ from typing import Final
 
 import numpy as np
 
-from tallstore.codecs import GUIDED, PLANES, RAW, SYMBOLS, ZSTD, Bytes
+from tallstore.codecs import GUIDED, PLANES, RAW, SYMBOLS, TEXT, ZSTD, Bytes
 from tallstore.codecs.guided import DTYPES
 from tallstore.codecs.zstd import compress
 from tallstore.dtypes import itemsize
 from tallstore.engine.chunk import Encoding
 
-__all__ = ["AS_IS", "BITS", "Policy", "codes", "elements", "policy", "residuals"]
+__all__ = ["AS_IS", "BITS", "DOCUMENT", "Policy", "codes", "elements", "policy", "residuals"]
 
 #: The encoding of a chunk of elements, from its dtype and its bytes.
 Policy = Callable[[str, Bytes], Encoding]
 
 AS_IS: Final = Encoding(RAW)
-#: Packed planes, files, documents.
+#: Packed planes, files.
 BITS: Final = Encoding(ZSTD)
+#: Of small models documents take as much as sparse codes.
+DOCUMENT: Final = Encoding(TEXT)
 
 #: What `_plain` looks at: pieces of this many bytes, from the start, the middle and the end.
 _PROBE: Final = 8 << 10

@@ -12,12 +12,12 @@ from tallstore import strictjson
 from tallstore.codecs import Bytes
 from tallstore.documents import Contents, StoredFile
 from tallstore.dtypes import itemsize
-from tallstore.engine.chunk import ChunkBuffer
+from tallstore.engine.chunk import ChunkBuffer, Encoding
 from tallstore.engine.keys import Stream
 from tallstore.engine.session import WriteSession
 from tallstore.engine.snapshot import Snapshot
 from tallstore.layout import Layout
-from tallstore.packing.encodings import BITS, Policy
+from tallstore.packing.encodings import BITS, DOCUMENT, Policy
 from tallstore.sources.source import Source
 from tallstore.workers import Workers
 
@@ -39,12 +39,12 @@ SegmentReader = Callable[[int, int, Bytes], None]
 _BLOB_CHUNK = 4 << 20
 
 
-def write_blob(session: WriteSession, data: bytes) -> int:
+def write_blob(session: WriteSession, data: bytes, *, encoding: Encoding = DOCUMENT) -> int:
     """Write bytes as a stream of their own; returns its number."""
     writer = session.stream(_BLOB_CHUNK)
     flat = np.frombuffer(data, np.uint8)
     for chunk, start in enumerate(range(0, flat.size, _BLOB_CHUNK)):
-        writer.put(chunk, flat[start : start + _BLOB_CHUNK], encoding=BITS)
+        writer.put(chunk, flat[start : start + _BLOB_CHUNK], encoding=encoding)
     return writer.number
 
 
@@ -144,7 +144,7 @@ def write_contents(
             offset += len(data)
     streams: tuple[int, ...] = ()
     if pending:
-        number = write_blob(session, b"".join(blobs))
+        number = write_blob(session, b"".join(blobs), encoding=BITS)
         streams = (number,)
         for index, path, nbytes, start in pending:
             files[index] = StoredFile(path, nbytes, number, start)
