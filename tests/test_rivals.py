@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bench.entrants import entrants
-from bench.rivals import ours
 from bench.rivals.bitdelta import bitdelta
 from bench.rivals.emr import emr
 from bench.rivals.lowrank import tsv
@@ -108,30 +107,6 @@ def test_what_papers_say(vectors: Vectors) -> None:
     assert not torch.equal(dropped, dare(vectors, density=0.5, seed=4).vectors["one"])
     pruned = ultradelta(vectors, density=0.3, factor=1.0, seed=0).vectors["one"]
     assert float((pruned[: piece.numel()] != 0).float().mean()) == pytest.approx(0.3, abs=0.05)
-
-
-@pytest.mark.parametrize("gain", ["unbiased", "ls", "norm"])
-def test_gain_rules(gain: str, vectors: Vectors) -> None:
-    piece = next(vectors.layout.pieces(vectors.tasks["two"])).double()
-    raw, _ = ours.signs(piece.float(), 0.2, gain)
-    raw = raw.double()
-    found = {
-        "unbiased": float(raw @ piece) / float(piece @ piece),
-        "ls": float((piece - raw) @ raw) + 1,
-        "norm": float(raw.norm() / piece.norm()),
-    }
-    assert found[gain] == pytest.approx(1.0, rel=1e-4)
-
-
-def test_own_codes_cost_what_they_say() -> None:
-    torch.manual_seed(2)
-    piece = torch.randn(20_000)
-    generator = torch.Generator().manual_seed(0)
-    vector, bits = ours.seeded(piece, 10, 3, generator)
-    assert int((vector != 0).sum()) == 2000 and bits == 3 * 2000 + 32 * 8
-    errors = [float((ours.levels(piece, b)[0] - piece).norm()) for b in (1, 2, 3, 4)]
-    assert errors == sorted(errors, reverse=True)
-    assert len(ours.levels(piece, 2)[0].unique()) == 4
 
 
 def test_helpers() -> None:
