@@ -162,7 +162,8 @@ class TaskRecord:
     density: float | None
     """Fraction of ones of a mask, of touched weights of another code, over the coded weights."""
     relative_error: float | None
-    """Of the codes alone, without the residual: norm of the error / norm of the task vector."""
+    """Of the codes alone, without the residual: norm of the error / norm of the task vector, before
+    weights are rounded to their dtype."""
     score: float | None
     """What the caller's `evaluate` gave for the chosen lambda."""
     nbytes: int

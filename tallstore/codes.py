@@ -146,6 +146,7 @@ class SegmentStats:
     density: float
     """Fraction of ones of a mask, of touched weights of a sparse or seeded code; 1 for levels."""
     relative_error: float
+    """Norm of the error over that of the task vector, before weights are rounded to their dtype."""
     moved: float
     """Norm of the task vector."""
     projection: float | None = None
