@@ -55,7 +55,7 @@ FAMILIES: Final = {
             vision.calibration,
             {"count": 1024, "batch": 64},
             validation=200,
-            test=500,
+            test=1000,
         ),
         Family(
             "language",
