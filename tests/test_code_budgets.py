@@ -43,9 +43,9 @@ def test_bits_are_met(tmp_path: Path, large: tuple[State, State], budget: float)
     with tallstore.open(path) as store:
         document = store._snapshot.stream(store.tasks["x"].document).stored
         found = 8 * (store.stored_bytes("x") - document) / weights
-        # Values are padded to whole blocks of 1024 in each span, and a chunk has a header; a plane
-        # has a table of its symbols.
-        assert found <= 1.04 * budget + 0.02
+        # Values are padded to whole blocks of 1024 in each span, and a chunk has a header; small
+        # tensors share a table of symbols, whatever their codes are.
+        assert found <= 1.05 * budget + 0.02
         assert found >= 0.75 * budget
         assert store.tasks["x"].parameters is not None
         assert store.tasks["x"].parameters["bits_per_weight"] == budget
@@ -65,6 +65,17 @@ def test_more_is_spent_where_weights_moved_further(
     # No tensor is left to a handful of values, however little it moved.
     assert density["w0"] * base["w0"].numel() >= 32
     assert record.parameters == {"gain": "unbiased"}
+
+
+def test_where_bits_are_plenty_levels_are_fitted(
+    tmp_path: Path, large: tuple[State, State]
+) -> None:
+    base, task = large
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, {"x": task}, code="auto", bits_per_weight=4.0)
+    away = tallstore.load(path, task="x")["w3"] - task["w3"]
+    # Of sixteen multiples of a step those that reach as far are off by 0.114.
+    assert 0 < float(away.norm() / (task["w3"] - base["w3"]).norm()) < 0.105
 
 
 def test_a_tensor_that_moved_next_to_nothing_is_left_as_it_was(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ whole. Of what a code leaves, less counts:
 - noise, where a hash says which weights are coded: it averages out. It counts as the task's squared
   distance from the base does, relative to the base, and at most 1.5 %: the further a task went, the
   larger the steps that harm it;
-- rounding to multiples of a step: as noise while the steps are small, which is as good as random,
-  and steeply more as they grow;
+- rounding, to multiples of a step or to sixteen fitted levels: as noise while what is left is
+  small, which is as good as random, and steeply more as it grows;
 - what a rule leaves out, always the small weights: that adds up over the inputs of a row. It counts
   50 times (the inputs, if those are fewer) as much as noise. Corrected biases take back most of
   what adds up: where there are inputs to see it by, it counts as little as serves them best.

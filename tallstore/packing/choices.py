@@ -36,6 +36,8 @@ _STRIDES: Final = (
 #: Steps of rounded levels, in root mean squares of a tensor's movement.
 _STEPS: Final = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _ROUNDED_BITS: Final = 4
+#: What the codec of dense codes takes more than their entropy, bits a weight (`bench.codecs`).
+_SYMBOLS: Final = 0.015
 #: Fewer values alone, each as long as the rest together, could be anything.
 _FEWEST: Final = 32
 _BITS: Final = (1, 2, 3, 4)
@@ -54,7 +56,7 @@ class Choice:
     at_random: float = 0.0
     """What of it is another error for every seed."""
     rounded: bool = False
-    """Whether the levels are all multiples of a step, from 0 on."""
+    """Whether every weight has a level near it: what is left is as good as random."""
 
 
 def direct_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
@@ -62,8 +64,11 @@ def direct_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     made = [sparse_choice(sparse_draft(segment, found, d), found, gain) for d in _DENSITIES]
     for width in _BITS:
         dense = dense_draft(segment, found, width)
-        if dense is not None:
-            made.append(dense_choice(dense, found, gain))
+        choice = None if dense is None else dense_choice(dense, found, gain)
+        if choice is not None:
+            # So many levels lie as close as the steps of rounded ones, also where weights are not
+            # spread about 0: of a head whose rows all moved as far, for one.
+            made.append(replace(choice, rounded=width == _ROUNDED_BITS))
     made += _rounded_choices(segment, found, gain)
     return [choice for choice in made if choice is not None]
 
@@ -79,7 +84,7 @@ def _rounded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]
         shares = sums.shares
         # Nothing has no sign. Of two codes, which share a symbol: the more often it is none and
         # none, the further a whole number of bits is from what it takes (`bench.codecs`).
-        pair = 2 * (sums.entropy + 1 - shares[0]) + 0.03
+        pair = 2 * (sums.entropy + 1 - shares[0] + _SYMBOLS)
         pair += 1.6 * min(max(shares[0] ** 2 - 0.4, 0.0), 0.25)
         bits = found.weights * pair / 2
         choice = _choice(draft, found, sums.projection, sums.norm, bits, gain)
@@ -154,7 +159,7 @@ def sparse_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
 def dense_choice(draft: Draft, found: Magnitudes, gain: str) -> Choice | None:
     """What dense levels cost and leave; None where the gain is undefined."""
     sums = _sums(draft.magnitudes, found)
-    bits = found.weights * (sums.entropy + 1)
+    bits = found.weights * (sums.entropy + 1 + _SYMBOLS * (draft.bits > 1))
     return _choice(draft, found, sums.projection, sums.norm, bits, gain)
 
 
