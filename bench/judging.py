@@ -53,7 +53,7 @@ FAMILIES: Final = {
             "vision",
             vision.zoo,
             vision.calibration,
-            {"count": 1024, "batch": 64},
+            {"count": 3500, "batch": 64},
             validation=200,
             test=1000,
         ),

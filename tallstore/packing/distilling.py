@@ -299,12 +299,10 @@ class _Pupil:
 
     def weights(self) -> Tensor:
         """Of the tensor, with gradients: of values as if they were not rounded to levels."""
-        gain = self._gain.clamp(min=_LEAST)
-        values = self._values / gain
-        nearest = self._levels[torch.bucketize(values.detach().abs(), self._between)]
-        rounded = torch.copysign(nearest, values.detach())
+        there = self._values.detach()
+        rounded = torch.copysign(self._levels[torch.bucketize(there.abs(), self._between)], there)
         # To the gradient what rounding adds is a constant (straight through: arXiv 1308.3432).
-        values = gain * (values + (rounded - values.detach()))
+        values = self._gain.clamp(min=_LEAST) * (self._values + (rounded - there))
         if self._at is None:
             return (self._base + self._size * values).view(self._shape)
         at = self._base[self._at] + self._size * values
