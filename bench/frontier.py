@@ -10,9 +10,9 @@ reported is measured on test items, once. Codes that take a seed run with three.
 one weight and task, with what all tasks share divided among them; the base, and what a task has of
 its own (heads), are counted for nobody. "Calibrated": biases are corrected with a few training
 inputs of each task, without labels (128 images, 64 texts, 32 windows); "distilled": values are
-trained for 100 steps on more of them (all training images, 512 texts, 256 windows). All else sees no data
-but for those choices. ``error`` is the standard error of the mean over the
-tasks: by the choice of test items, and by the seed where there is one.
+trained for 100 steps on more of them (all training images, 512 texts, 256 windows). All else sees
+no data but for those choices. ``error`` is the standard error of the mean over the tasks: by the
+choice of test items, and by the seed where there is one.
 """
 
 from __future__ import annotations

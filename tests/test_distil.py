@@ -13,8 +13,10 @@ from torch.nn.functional import kl_div
 from zoo import bits
 
 import tallstore
+from tallstore.codes import SEEDED
 from tallstore.errors import OptionError
-from tallstore.packing.distilling import _scaled
+from tallstore.packing.distilling import _Pupil, _scaled
+from tallstore.packing.drafts import Draft
 from tallstore.seeding import Positions, picked
 from tallstore.store import TallStore
 
@@ -211,3 +213,17 @@ def test_levels_are_found_again() -> None:
     rounded = torch.tensor([0.0, 1.0, -1.0, 0.1])
     found = _scaled((0.0, 1.0, 2.0, 3.0), torch.tensor([0.0, 2.5, 2.5, 0.0]), rounded)
     assert found == pytest.approx([0.0, 2.5, 5.0, 7.5])
+
+
+def test_a_gain_learns_by_what_it_makes_longer() -> None:
+    draw = torch.Generator().manual_seed(5)
+    moved = torch.tensor([0.5, 1.5])[torch.randint(2, (64,), generator=draw)]
+    draft = Draft(0, SEEDED, (0.5, 1.5), 2, stride=1)
+    pupil = _Pupil(("w",), 0, draft, np.arange(64), torch.zeros(64), moved, None)
+    gain, values = pupil.numbers
+    wanted = torch.randn(64, generator=draw)
+    by_gain, by_values = torch.autograd.grad((pupil.weights() * wanted).sum(), [gain, values])
+    # Weights stand at their levels: what is made longer is what is there.
+    assert float(by_gain) == pytest.approx(float(moved @ wanted), rel=1e-4)
+    size = float(moved.square().mean().sqrt())
+    torch.testing.assert_close(by_values, wanted * size)
