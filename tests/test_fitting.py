@@ -27,7 +27,8 @@ def test_gains_do_what_they_are_called(coded: np.ndarray, moved: np.ndarray) -> 
     assert scaled["unbiased"] @ moved == pytest.approx(length)
     assert np.linalg.norm(scaled["norm"]) == pytest.approx(math.sqrt(length))
     errors = {rule: np.linalg.norm(found - moved) for rule, found in scaled.items()}
-    assert errors["ls"] <= min(errors.values()) * (1 + 1e-9)
+    # Of parallel vectors every rule errs by rounding alone.
+    assert errors["ls"] <= min(errors.values()) * (1 + 1e-9) + 1e-12 * math.sqrt(length)
     for nudge in (0.999, 1.001):
         assert np.linalg.norm(nudge * scaled["ls"] - moved) >= errors["ls"] * (1 - 1e-9)
 
