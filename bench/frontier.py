@@ -98,8 +98,8 @@ def run(
     facts = {
         "tasks": list(judge.zoo.tasks),
         "weights": judge.vectors.layout.weights,
-        "test_items_a_task": judge.family.test if limit is None else limit,
-        "validation_items_a_task": judge.family.validation if limit is None else limit,
+        "test_items_a_task": judge.items("test"),
+        "validation_items_a_task": judge.items("validation"),
     }
     return [facts, *rows]
 

@@ -164,12 +164,13 @@ class Judge:
             )
         return self._references[split, task]
 
-    def _items(self, split: Split) -> int:
+    def items(self, split: Split) -> int:
+        """How many of a task are tested, if it has as many."""
         wanted = self.family.test if split == "test" else self.family.validation
         return wanted if self._limit is None else min(wanted, self._limit)
 
     def _predictions(self, task: str, state: State, split: Split) -> tuple[Tensor, Tensor]:
-        limit = self._items(split)
+        limit = self.items(split)
         if self.family.name == "minilm":
             return minilm.predict(
                 task, state, split=split, cache=self.cache, limit=limit, bfloat16=True
@@ -177,7 +178,7 @@ class Judge:
         return vision.predict(task, state, split=split, cache=self.cache, limit=limit)
 
     def _losses(self, task: str, state: State, split: Split) -> Tensor:
-        limit = self._items(split)
+        limit = self.items(split)
         return language.losses(task, state, split=split, cache=self.cache, limit=limit).double()
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 from zoo import bits
 
 import tallstore
-from tallstore.packing.calibrating import _divergence
+from tallstore.packing.divergence import divergence
 from tallstore.store import TallStore
 
 State = dict[str, Any]
@@ -185,8 +185,8 @@ def test_numbers_of_one_axis_are_no_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(), (5,), (5, 1)])
 def test_an_offset_counts_where_there_are_no_logits(shape: tuple[int, ...]) -> None:
     wanted = torch.randn(shape)
-    assert float(_divergence(wanted + 2, wanted)) == pytest.approx(4 * wanted.numel(), rel=1e-5)
-    assert float(_divergence(torch.ones(5, 3), torch.zeros(5, 3))) == pytest.approx(0, abs=1e-5)
+    assert float(divergence(wanted + 2, wanted)) == pytest.approx(4 * wanted.numel(), rel=1e-5)
+    assert float(divergence(torch.ones(5, 3), torch.zeros(5, 3))) == pytest.approx(0, abs=1e-5)
 
 
 def test_where_there_is_nothing_to_learn_codes_stay(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ it (bias correction: Nagel et al., arXiv 1906.04721, section 4.2).
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Final
@@ -22,6 +21,7 @@ from torch.func import functional_call
 
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.matching import common_prefix, renamed
+from tallstore.packing.divergence import distance, divergence, is_logits, softening
 
 __all__ = ["Calibrate", "Calibration"]
 
@@ -33,10 +33,6 @@ _LAST: Final = (nn.Linear, nn.LayerNorm)
 #: And before so many axes of places.
 _PLACES: Final = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
-
-#: To train with, logits are softened until what is likeliest has this chance on average, at most.
-_SURE: Final = 0.9
-_HOTTEST: Final = 4.0
 
 
 class Calibration:
@@ -131,7 +127,7 @@ class Calibration:
             found[key] = coded[key].detach().float() + torch.stack(by).mean(0).to(coded[key].device)
             if not bool(found[key].isfinite().all()):
                 raise self._refused(f"the codes give numbers that are not finite, at {name!r}")
-        return found, _distance(given, self._wanted)
+        return found, distance(given, self._wanted)
 
     def distance(self, coded: Any) -> float:
         """How far what the module gives with some weights is from what the original gives.
@@ -141,7 +137,7 @@ class Calibration:
         OptionError
             The module fails.
         """
-        return _distance(self._run(coded, "the codes"), self._wanted)
+        return distance(self._run(coded, "the codes"), self._wanted)
 
     # -- to train with ----------------------------------------------------------------------
 
@@ -157,19 +153,8 @@ class Calibration:
 
     @cached_property
     def temperature(self) -> float:
-        """What logits are divided by to train with them (Hinton et al., arXiv 1503.02531).
-
-        1 where the original has its doubts. Of what it is sure of, as classifiers are of what they
-        were trained on, the logits say little but for which is the largest; softened, all of them.
-        """
-        logits = [one for batch in self._wanted for one in batch if _is_logits(one)]
-        low, high = 1.0, _HOTTEST
-        if not logits or not _sureness(logits, low) > _SURE:
-            return low
-        while high > 1.02 * low:
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if _sureness(logits, middle) > _SURE else (low, middle)
-        return high
+        """What logits are softened by to train with them."""
+        return softening([one for batch in self._wanted for one in batch])
 
     def loss(self, state: Mapping[str, Tensor], batch: int) -> Tensor:
         """How far a batch of a state that may need gradients is off, by item; not checked.
@@ -192,8 +177,8 @@ class Calibration:
         weights = dict(given_by.values())
         found = list(_tensors(functional_call(module, weights, arguments, words)))
         wanted = list(map(_trainable, self._wanted[batch]))
-        items = sum(one.numel() // (one.shape[-1] if _is_logits(one) else 1) for one in wanted)
-        each = [_divergence(*pair, self.temperature) for pair in zip(found, wanted, strict=False)]
+        items = sum(one.numel() // (one.shape[-1] if is_logits(one) else 1) for one in wanted)
+        each = [divergence(*pair, self.temperature) for pair in zip(found, wanted, strict=True)]
         total = torch.stack(each).sum()
         return total / float(max(items, 1))
 
@@ -325,39 +310,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (found for part in output.values() for found in _tensors(part))
     elif isinstance(output, (tuple, list)):
         yield from (found for part in output for found in _tensors(part))
-
-
-def _distance(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> float:
-    """Infinite where they are not of the same shapes, or no numbers."""
-    some, others = ([one for batch in outputs for one in batch] for outputs in (given, wanted))
-    if [one.shape for one in some] != [other.shape for other in others]:
-        return math.inf
-    found = sum(map(float, map(_divergence, some, others)))
-    return found if math.isfinite(found) else math.inf
-
-
-def _divergence(given: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(wanted || given) of logits on the last axis; of single numbers the squared distance.
-
-    Multiplied by the temperature's square, so that gradients are as large at any.
-    """
-    if not _is_logits(wanted):
-        return (given - wanted).square().sum()
-    one, other = ((logits / temperature).log_softmax(-1) for logits in (wanted, given))
-    # What is impossible to both takes no part.
-    each = torch.where(one.isneginf(), 0.0, one.exp() * (one - other))
-    return temperature**2 * each.sum()
-
-
-def _sureness(logits: Sequence[Tensor], temperature: float) -> float:
-    """The chance of what is likeliest, on average over the items."""
-    chances = [(one / temperature).softmax(-1).amax(-1).flatten() for one in logits]
-    return float(torch.cat(chances).double().mean())
-
-
-def _is_logits(output: Tensor) -> bool:
-    """Whether there are several numbers an item: those of one axis are an item each."""
-    return output.dim() > 1 and output.shape[-1] > 1
 
 
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:
