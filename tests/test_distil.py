@@ -138,6 +138,8 @@ def test_what_does_worse_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     for steps in (None, 5):
         path = packed(tmp_path / f"{steps}.tall", code="signs", distil=steps)
         found.append(tallstore.load(path, task="one"))
+        with tallstore.open(path) as store:
+            assert "distil" not in (store.tasks["one"].parameters or {})
     assert all(bits(found[0][name]) == bits(found[1][name]) for name in BASE)
 
 
@@ -155,6 +157,14 @@ class Stubborn(Net):
         return torch.from_numpy(super().forward(ids).numpy())
 
 
+class Fickle(Net):
+    """Gives more where gradients are asked for."""
+
+    def forward(self, ids: Tensor) -> Any:
+        found = super().forward(ids)
+        return (found, found) if found.requires_grad else found
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -167,12 +177,29 @@ class Stubborn(Net):
             {"distil": 5, "code": "signs", "calibrate": lambda _: (Stubborn(), [IDS])},
             "distil=5: the module of task 'one' cannot be trained with",
         ),
+        (
+            {"distil": 5, "code": "signs", "calibrate": lambda _: (Fickle(), [IDS])},
+            r"calibrate\('one'\): the module gives other shapes than with the original",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         tallstore.pack(tmp_path / "zoo.tall", BASE, TASKS, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_bytes_as_all_stages_do(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage == "distil one":
+            seen.append((done, total))
+
+    packed(tmp_path / "zoo.tall", code="signs", distil=10, report=report)
+    weights = 4 * sum(tensor.numel() for name, tensor in BASE.items() if name != "head.weight")
+    steps = 10 + 4 * 1
+    assert seen == [(n * weights, steps * weights) for n in range(steps + 1)]
 
 
 # -- parts --------------------------------------------------------------------------------

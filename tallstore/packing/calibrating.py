@@ -177,6 +177,8 @@ class Calibration:
         weights = dict(given_by.values())
         found = list(_tensors(functional_call(module, weights, arguments, words)))
         wanted = list(map(_trainable, self._wanted[batch]))
+        if [one.shape for one in found] != [one.shape for one in wanted]:
+            raise self._refused("the module gives other shapes than with the original weights")
         items = sum(one.numel() // (one.shape[-1] if is_logits(one) else 1) for one in wanted)
         each = [divergence(*pair, self.temperature) for pair in zip(found, wanted, strict=True)]
         total = torch.stack(each).sum()
@@ -200,8 +202,12 @@ class Calibration:
 
     def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
         try:
-            module, batches = calibrate(self._task)
-            given = list(batches)
+            answer = calibrate(self._task)
+            if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+                raise self._refused(
+                    f"it gave {type(answer).__name__}; a torch.nn.Module and batches are needed"
+                )
+            module, given = answer[0], list(answer[1])
         except TallstoreError:
             raise
         except Exception as exc:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tallstore.codecs import Bytes
 from tallstore.codes import PLANES, SPARSE
 from tallstore.dtypes import torch_dtype
-from tallstore.errors import OptionError
+from tallstore.errors import OptionError, TallstoreError
 from tallstore.packing.calibrating import Calibration
 from tallstore.packing.correcting import place_of
 from tallstore.packing.drafts import Draft
@@ -200,6 +200,8 @@ class Distillation:
                 found = torch.autograd.grad(
                     loss, [number for number, _ in rates], allow_unused=True
                 )
+            except TallstoreError:
+                raise
             except Exception as exc:
                 raise OptionError(
                     f"distil={self._steps}: the module of task {self._candidate.name!r} cannot be "

@@ -163,7 +163,7 @@ class Planner:
                 calibration,
                 trial.coded,
                 steps=steps,
-                progress=lambda: self._meter.stage(f"distil {candidate.name}", all_steps(steps)),
+                progress=lambda: self._steps(candidate, all_steps(steps)),
             ),
         )
 
@@ -234,7 +234,8 @@ class Planner:
             trained[n] = replace(made or drafts[n], corrected=True)
         better = replace(plain, coded=coded, drafts={**drafts, **trained})
         if not distillation.distance(better) < distillation.distance(plain):
-            return target
+            kept = {n: v for n, v in (target.parameters or {}).items() if n != "distil"}
+            return replace(target, parameters=kept)
         return replace(better, exact=target.exact)
 
     def _bias_drafts(self, coded: Candidate, biases: Collection[int]) -> Mapping[int, Draft]:
@@ -313,7 +314,13 @@ class Planner:
         return Offers(found, gain, fans=self._fans, blocks=self._blocks, by_rule=by_rule)
 
     def _stage(self, name: str, candidate: Candidate) -> Progress:
-        return self._meter.stage(name, sum(s.nbytes for s in candidate.source.segments))
+        return self._meter.stage(name, _nbytes(candidate))
+
+    def _steps(self, candidate: Candidate, steps: int) -> Progress:
+        """Stages count bytes: of steps all weights, once each."""
+        nbytes = _nbytes(candidate)
+        advance = self._meter.stage(f"distil {candidate.name}", steps * nbytes)
+        return lambda count: advance(count * nbytes)
 
     def _values(self, candidate: Candidate, strides: Mapping[int, int]) -> Mapping[int, Magnitudes]:
         return survey_values(
@@ -387,3 +394,7 @@ def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, D
             "weight, and to no less; exact=True (--exact) keeps it bit for bit"
         )
     return found.drafts
+
+
+def _nbytes(candidate: Candidate) -> int:
+    return sum(segment.nbytes for segment in candidate.source.segments)
