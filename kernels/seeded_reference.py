@@ -116,7 +116,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 def key(seed: int, number: int) -> tuple[int, int]:
     """Two words of 32 bits for a tensor; see the module."""
-    h = torch.tensor(_STARTS)
+    h = torch.tensor(_STARTS, device="cpu")
     for word in (seed & _LOW, seed >> 32, number):
         h = mix(h ^ word)
     first, second = h.tolist()
@@ -168,7 +168,7 @@ def build(
 def support(tensor: SeededTensor) -> torch.Tensor:
     """Which weights of a tensor have a value: int64, shape (groups,), ascending."""
     first, second = key(tensor.seed, tensor.number)
-    group = torch.arange(tensor.groups)
+    group = torch.arange(tensor.groups, device="cpu")
     size = (tensor.numel - group * tensor.stride).clamp(max=tensor.stride)
     h = mix(mix(group & _LOW ^ first) ^ second ^ group >> 32)
     return group * tensor.stride + (h * size >> 32)
@@ -178,11 +178,11 @@ def _touched(code: SeededCode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """The touched weights of the arena, their tensors and codes: int64."""
     starts = value_groups(code.tensors)
     codes = reference.codes(code.planes, starts[-1])
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
     at, owner, value = [none], [none], [none]
     for i, tensor in enumerate(code.tensors):
         at.append(tensor.offset + support(tensor))
-        owner.append(torch.full((tensor.groups,), i))
+        owner.append(torch.full((tensor.groups,), i, device="cpu"))
         value.append(codes[starts[i] : starts[i] + tensor.groups].cpu())
     device = code.planes.device
     return torch.cat(at).to(device), torch.cat(owner).to(device), torch.cat(value).to(device)

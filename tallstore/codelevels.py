@@ -31,7 +31,7 @@ class Levels:
 def levels_of(code: ArenaCode, task: TaskDocument) -> Levels:
     """The levels of a task's codes over an arena."""
     if task.codings is None:
-        return Levels(torch.tensor([TALL_LEVELS], dtype=torch.float32), None)
+        return Levels(torch.tensor([TALL_LEVELS], dtype=torch.float32, device="cpu"), None)
     planes = code_bits(code)
     rows, table = level_rows(task.codings, planes)
     # What the exact tier alone makes good: without it, the base.
@@ -39,4 +39,4 @@ def levels_of(code: ArenaCode, task: TaskDocument) -> Levels:
     if bare:
         rows.update(dict.fromkeys(bare, len(table)))
         table.append([-0.0] * (1 << planes))
-    return Levels(torch.tensor(table, dtype=torch.float32), rows)
+    return Levels(torch.tensor(table, dtype=torch.float32, device="cpu"), rows)

@@ -200,7 +200,7 @@ class Decoder(SpanMap):
             return None
         record = self._base.layout.arenas[arena]
         count = min(record.span, record.weights - span * record.span)
-        rows = torch.zeros(-(-count // BLOCK), dtype=torch.int32)
+        rows = torch.zeros(-(-count // BLOCK), dtype=torch.int32, device="cpu")
         for piece in self._base.layout.pieces(arena, span):
             first = piece.within // BLOCK
             last = -(-(piece.within + piece.count) // BLOCK)

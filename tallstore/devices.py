@@ -124,7 +124,9 @@ class Desk(threading.local):
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"
-        self._host = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=cuda))
+        self._host = Buffers(
+            lambda n: torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=cuda)
+        )
         self._room = Buffers(lambda n: torch.empty(n, dtype=torch.uint8, device=device))
         self._module = torch.get_device_module(device)
         self._queue = new_queue(device)

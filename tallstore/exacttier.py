@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from tallstore.catalog import Catalog, TaskRecord
 from tallstore.codecs import Bytes
 from tallstore.codes import PLANES, TALL_LEVELS, ArenaCode, SegmentCode
-from tallstore.coding import CodeStats, Floats, to_float32
+from tallstore.coding import CodeStats
 from tallstore.decoding import Decoder
 from tallstore.describing import describe
-from tallstore.documents import CODE, OWN, BaseDocument, Contents, Part, TaskDocument
+from tallstore.documents import CODE, OWN, BaseDocument, Part, TaskDocument
 from tallstore.dtypes import is_codable, itemsize
 from tallstore.engine.session import WriteSession
-from tallstore.errors import CorruptStoreError, MismatchError, OptionError, UnknownTaskError
+from tallstore.errors import CorruptStoreError, OptionError, UnknownTaskError
 from tallstore.layout import lay_out
 from tallstore.loading import Loader
-from tallstore.matching import OwnSlice, match
+from tallstore.matching import OwnSlice
+from tallstore.originals import Likeness
 from tallstore.packing.encoding import TargetEncoder
 from tallstore.packing.encodings import policy
-from tallstore.packing.gathering import Candidate
-from tallstore.packing.surveying import span_moves
 from tallstore.packing.target import Target
 from tallstore.packing.writing import write_arenas, write_blob
 from tallstore.progress import Meter, Report
@@ -211,38 +206,25 @@ def _restored(
     pool: Workers,
     meter: Meter,
 ) -> tuple[TaskRecord, list[str]]:
-    base, document = _document(held, name)
+    likeness = Likeness(held.snapshot, held.catalog, name, source)
+    base, document, candidate = likeness.base, likeness.task, likeness.candidate
     record = held.catalog.tasks[name]
-    plan = match(
-        source.label,
-        source.tensors,
-        source.segments,
-        base=base.contents,
-        layout=base.layout,
-        floats_only=True,
-        strict=True,
-    )
-    candidate = Candidate(name, source, plan, base.layout)
-    _check_same(held, name, document, source)
     target = Target(candidate=candidate, exact=True, code=record.code, parameters={})
     encoder = TargetEncoder(session, target, base.layout)
     decoder = Decoder(held.snapshot, base)
-    coded = {code.arena for code in document.codes}
-    spans = [(a, span) for a in sorted(coded) for span in range(base.layout.arenas[a].spans)]
     progress = meter.stage("add", record.nbytes)
-    error = _Error(held, base, document, candidate)
 
     def encode(item: tuple[int, int]) -> None:
         arena, span = item
         start, _ = decoder.base_and_vector(arena, span)
         start = start.copy()
         encoder.encode(arena, span, start, None, None, None, _no_masks)
-        error.add(arena, span, start)
+        likeness.add(arena, span, start)
         progress(start.size)
 
-    for _ in pool.each(encode, spans):
+    for _ in pool.each(encode, likeness.spans):
         pass
-    error.check(record)
+    likeness.check()
     exact = {code.arena: encoder.arena_code(code.arena).exact for code in document.codes}
     codings = document.codings
     if codings is None:
@@ -260,136 +242,8 @@ def _restored(
         streams=tuple(sorted(streams - {0})),
         exact=True,
         parameters={} if record.parameters is None else record.parameters,
-    ), [*source.notes, *plan.notes]
+    ), [*source.notes, *candidate.plan.notes]
 
 
 def _no_masks(*_: object) -> tuple[Bytes, list[tuple[int, CodeStats]], Bytes]:
     raise RuntimeError("the exact tier has no masks")
-
-
-def _check_same(held: HeldStore, name: str, document: TaskDocument, source: Source) -> None:
-    """Refuse a checkpoint that differs in what the task has without codes: that has to agree."""
-    contents = document.contents
-    why = "it is not the checkpoint that the task was coded from"
-    segments = _segments(contents, source)
-    if segments is None:
-        raise MismatchError(
-            f"{source.label}: its tensors are not those of task {name!r} of "
-            f"{held.snapshot.path}: {why}"
-        )
-    kept = StoreSource(Loader(held.snapshot, held.catalog, task=name), label=name)
-    for number, parts in enumerate(document.parts):
-        start, size = 0, itemsize(contents.segments[number].dtype)
-        for part in parts:
-            stop = start + part.count
-            there = (number, segments[number])
-            if part.kind != CODE and not _equal(kept, source, there, start * size, stop * size):
-                known = [tensor.name for tensor in contents.tensors if tensor.segment == number]
-                raise MismatchError(
-                    f"{source.label}: {known[0]!r} is not that of task {name!r} of "
-                    f"{held.snapshot.path}: {why}"
-                )
-            start = stop
-
-
-def _segments(contents: Contents, source: Source) -> dict[int, int] | None:
-    """The segment of a checkpoint for each of a task's; None where its tensors are others.
-
-    Their order, and which are Parameters, may differ: the same weights come as a state dict and as
-    a file.
-    """
-    others = {tensor.name: tensor for tensor in source.tensors}
-    if others.keys() != {tensor.name for tensor in contents.tensors}:
-        return None
-    found: dict[int, int] = {}
-    for tensor in contents.tensors:
-        other = others[tensor.name]
-        same = replace(
-            other,
-            segment=tensor.segment,
-            parameter=tensor.parameter,
-            requires_grad=tensor.requires_grad,
-        )
-        if same != tensor or found.setdefault(tensor.segment, other.segment) != other.segment:
-            return None
-    alike = all(contents.segments[n] == source.segments[m] for n, m in found.items())
-    return found if alike and len(found) == len(contents.segments) else None
-
-
-def _equal(one: Source, other: Source, segments: tuple[int, int], start: int, stop: int) -> bool:
-    """Whether two checkpoints have the same bytes in a part of a segment of each."""
-    for low in range(start, stop, _PIECE):
-        first, second = (np.empty(min(_PIECE, stop - low), np.uint8) for _ in range(2))
-        one.read(segments[0], low, first)
-        other.read(segments[1], low, second)
-        if not np.array_equal(first, second):
-            return False
-    return True
-
-
-class _Error:
-    """How far a checkpoint is from what a task's codes give. Thread-safe."""
-
-    def __init__(
-        self, held: HeldStore, base: BaseDocument, task: TaskDocument, candidate: Candidate
-    ) -> None:
-        self._decoder = Decoder(
-            held.snapshot, base, task=task, vector=held.catalog.vector, exact=False
-        )
-        self._base = base
-        self._task = task
-        self._candidate = candidate
-        self._coded = {p.segment for ps in task.parts for p in ps if p.kind == CODE}
-        self._sums: list[tuple[float, dict[int, float]]] = []
-
-    def add(self, arena: int, span: int, base: Bytes) -> None:
-        """Take in a span."""
-        vector = None
-        if any(code.arena == arena and code.shared for code in self._task.codes):
-            vector = self._decoder.base_and_vector(arena, span)[1]
-        codes = self._decoder.codes(arena, span, lambda _, size: np.empty(size, np.uint8))
-        seen = span_moves(self._candidate, arena, span, lambda *_: (base, None))
-        dtype = self._candidate.plan.dtypes[arena]
-        predicted = self._decoder.predict(arena, span, base, vector, codes, dtype).copy()
-        actual = to_float32(seen.raw, dtype)
-        given = to_float32(predicted, dtype)
-        error, moved = 0.0, {}
-        for item in seen.held:
-            if item.base_segment in self._coded:
-                some = slice(item.start, item.stop)
-                error += _squares(given[some] - actual[some])
-                moved[item.base_segment] = _squares(seen.moves[some])
-        self._sums.append((error, moved))
-
-    def check(self, record: TaskRecord) -> None:
-        """Refuse a checkpoint that moved otherwise than the task did, or errs more.
-
-        Less it may err: the record is of codes before they are rounded to 16 bits.
-        """
-        moved: dict[int, float] = defaultdict(float)
-        for _, some in self._sums:
-            for segment, squares in some.items():
-                moved[segment] += squares
-        error, whole = math.fsum(error for error, _ in self._sums), math.fsum(moved.values())
-        found = math.sqrt(error / whole) if whole else 0.0
-        wanted = record.relative_error or 0.0
-        for stats in self._task.stats:
-            if stats.segment not in moved:
-                continue
-            norm = math.sqrt(moved[stats.segment])
-            if abs(norm - stats.moved) > _SAME * stats.moved:
-                raise MismatchError(
-                    f"{self._candidate.source.label}: a tensor of it is {norm:.6g} from the base, "
-                    f"that of task {self._candidate.name!r} was {stats.moved:.6g}: it is not the "
-                    "checkpoint that the task was coded from. add it under a name of its own"
-                )
-        if found - wanted > _CLOSE * max(wanted, 0.05):
-            raise MismatchError(
-                f"{self._candidate.source.label}: it errs by {found:.3f} from the codes of task "
-                f"{self._candidate.name!r}, the checkpoint that they were made of by {wanted:.3f}: "
-                "it is another one. add it under a name of its own"
-            )
-
-
-def _squares(values: Floats) -> float:
-    return float(np.einsum("i,i->", values, values, dtype=np.float64, casting="same_kind"))

@@ -343,7 +343,7 @@ def _wanted_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 
 def _allocate(segment: SegmentSpec) -> torch.Tensor:
-    memory = torch.empty(segment.nbytes, dtype=torch.uint8)
+    memory = torch.empty(segment.nbytes, dtype=torch.uint8, device="cpu")
     prefer_huge_pages(memory.numpy())
     return memory
 

@@ -24,6 +24,10 @@ _LEAST_ROWS: Final = 256
 _LEAST_SHARE: Final = 0.9
 
 
+_OTHER: Final = "Is it a fine-tune of this base? Give the base it was trained from"
+_CAST: Final = "Give both as float32, bfloat16 or float16, laid out alike"
+
+
 @dataclass(frozen=True, slots=True)
 class OwnSlice:
     """Elements of a task's segment that are stored as they are."""
@@ -209,16 +213,25 @@ def _mismatch(
     matched: int,
     total: int,
 ) -> str:
-    clashes, absent = [], []
+    absent, shapes, kinds = [], [], []
     for tensor in tensors:
         other = named.get(renamed(tensor.name, prefix))
         if other is None:
             absent.append(repr(tensor.name))
         elif other.shape != tensor.shape:
-            clashes.append(f"{tensor.name!r} {list(tensor.shape)} against {list(other.shape)}")
-    shown = clashes[:3] or absent[:3]
-    why = "shapes clash" if clashes else "names are absent from the base"
+            shapes.append(f"{tensor.name!r} {list(tensor.shape)} against {list(other.shape)}")
+        elif other.geometry != tensor.geometry:
+            kinds.append(f"{tensor.name!r} {_kind(tensor)} against {_kind(other)}")
+    why, shown, cure = "names are absent from the base", absent, _OTHER
+    if shapes:
+        why, shown = "shapes clash", shapes
+    elif kinds:
+        why, shown, cure = "dtypes or layouts clash", kinds, _CAST
     return (
         f"{label}: only {matched:,} of {total:,} weights match the base; {why}: "
-        f"{', '.join(shown)}. Is it a fine-tune of this base? Give the base it was trained from"
+        f"{', '.join(shown[:3])}. {cure}"
     )
+
+
+def _kind(tensor: TensorSpec) -> str:
+    return f"{tensor.dtype} of strides {list(tensor.stride)}"

@@ -18,14 +18,16 @@ from tallstore.errors import OptionError, TaskExistsError, UnknownTaskError
 from tallstore.externalbase import place_of, refer
 from tallstore.loading import Loader
 from tallstore.merging import MergeRule, merge_rule
+from tallstore.originals import check_original
 from tallstore.packing.calibrating import Calibrate
 from tallstore.packing.choosing import Evaluate
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.pack import pack_zoo
-from tallstore.progress import Report
+from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.store import open_snapshot
 from tallstore.storesource import StoreSource
+from tallstore.workers import workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +60,7 @@ def repack_store(
     out
         Where the new store goes; None: in the place of the old one.
     originals
-        Checkpoints to take in place of what the store has of some tasks.
+        Checkpoints that tasks were made from: they are compared with what the store has of them.
     newcomers
         Tasks to add on the way.
     vector_dtype
@@ -75,6 +77,8 @@ def repack_store(
     ------
     UnknownTaskError
         An original is given for no task.
+    MismatchError
+        An original is not the checkpoint that its task was made from.
     TaskExistsError, TaskNameError
     OptionError
         A task is only there as codes, and no original of it is given; or the codes' own refusals.
@@ -90,6 +94,11 @@ def repack_store(
         closing.callback(snapshot.close)
         catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
         _check(path, catalog, given, fresh)
+        meter = Meter(report)
+        with workers() as pool:
+            for name, source in given.items():
+                checking = meter.stage("check", catalog.tasks[name].nbytes)
+                check_original(snapshot, catalog, name, source, workers=pool, progress=checking)
 
         def stored(task: str | None) -> StoreSource:
             label = str(path) if task is None else f"{path}::{task}"

@@ -126,7 +126,9 @@ class Ring:
 
     def host_memory(self, size: int) -> torch.Tensor:
         """Pinned, where there is a device to pin it for."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return torch.empty(
+            size, dtype=torch.uint8, device="cpu", pin_memory=self._device.type == "cuda"
+        )
 
     def device_memory(self, size: int) -> torch.Tensor:
         """Bytes on the device."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Final
 
-__all__ = ["number", "percent", "plural", "printable", "ratio", "size", "size_unit"]
+__all__ = ["error_words", "number", "percent", "plural", "printable", "ratio", "size", "size_unit"]
 
+#: Characters of an error that are shown: some libraries' go on for pages.
+_LONGEST: Final = 400
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -16,6 +19,12 @@ def printable(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def error_words(exc: BaseException) -> str:
+    """What somebody else's code raised, on one line."""
+    text = shorten(str(exc), _LONGEST, placeholder=" ...")
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
 def size(count: float) -> str:

@@ -134,10 +134,18 @@ def test_shapes_that_clash(stored: Stored, tmp_path: Path) -> None:
         tallstore.pack(tmp_path / "z.tall", stored.base, {"b": other})
     with refused(MismatchError, "shapes clash"):
         tallstore.add(stored.path, {"b": other})
-    # dtypes that cannot be coded
-    other = {name: t.to(torch.int8) for name, t in stored.base.items()}
-    with refused(MismatchError, "weights match the base"):
-        tallstore.add(stored.path, {"b": other})
+    stored.check()
+
+
+def test_dtypes_and_layouts_that_clash(stored: Stored, tmp_path: Path) -> None:
+    for dtype in (torch.int8, torch.float64):
+        other = {name: t.to(dtype) for name, t in stored.base.items()}
+        said = f"{str(dtype).removeprefix('torch.')} of strides [16, 1] against float32 of"
+        with refused(MismatchError, "dtypes or layouts clash", said, "Give both as float32"):
+            tallstore.pack(tmp_path / "z.tall", stored.base, {"b": other})
+    other = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in stored.base.items()}
+    with refused(MismatchError, "dtypes or layouts clash", "of strides [1, 37] against"):
+        tallstore.pack(tmp_path / "z.tall", stored.base, {"b": other})
     stored.check()
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from coded_zoo import coded_zoo
@@ -275,3 +276,96 @@ def test_a_score_to_keep_beside_the_exact_tier(tmp_path: Path) -> None:
             assert store.tasks["x"].exact and store.tasks["x"].coded
         assert torch.equal(tallstore.load(path, task="x")["w"], task["w"])
         tallstore.repack(path, **given)  # as it is
+
+
+def test_a_score_that_is_infinite_for_codes_is_not_recorded(tmp_path: Path) -> None:
+    base, task = large_zoo()
+    path = tmp_path / "zoo.tall"
+    scores = iter((1.0, math.inf))
+    tallstore.pack(path, base, {"x": task}, code="auto", keep=0.9, evaluate=lambda *_: next(scores))
+    with tallstore.open(path) as store:
+        assert store.tasks["x"].score is None
+
+
+@pytest.mark.parametrize("error", [math.inf, -math.inf, 0.0])
+def test_an_error_that_is_no_number(tmp_path: Path, error: float) -> None:
+    base, task = large_zoo()
+    with pytest.raises(OptionError, match=f"max_error={error}: a number above 0 is needed"):
+        tallstore.pack(tmp_path / "z.tall", base, {"x": task}, code="auto", max_error=error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_error_may_be_allowed(tmp_path: Path) -> None:
+    base, task = large_zoo()
+    tallstore.pack(tmp_path / "z.tall", base, {"x": task}, code="auto", max_error=1e300)
+    assert tallstore.load(tmp_path / "z.tall", task="x").keys() == task.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"code": "auto", "bits_per_weight": 0.5},
+        {"code": "seeded", "density": 0.25, "bits": 2, "seed": 3},
+        {"tall_lambda": 0.5},
+    ],
+    ids=lambda given: ",".join(given),
+)
+def test_numbers_may_be_of_numpy(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, task = large_zoo()
+    found = []
+    for n, kind in enumerate((lambda value: value, lambda value: np.array(value)[()])):
+        given = {k: v if k == "code" else kind(v) for k, v in options.items()}
+        tallstore.pack(tmp_path / f"{n}.tall", base, {"x": task}, **given)
+        found.append(tallstore.load(tmp_path / f"{n}.tall", task="x"))
+    tallstore.pack(tmp_path / "f.tall", base, {"x": task}, tall_lambda=np.float32(0.5))
+    assert all(bits(found[0][name]) == bits(found[1][name]) for name in task)
+
+
+@pytest.mark.parametrize("outlier", [0.1, 2.0, 1e4])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "options",
+    [{"code": "auto", "bits_per_weight": bits} for bits in (0.06, 0.15, 0.5, 2.0)]
+    + [{"code": "seeded", "density": 0.05}],
+    ids=lambda given: ",".join(map(str, given.values())),
+)
+def test_what_carries_a_task_may_be_one_weight(
+    tmp_path: Path, outlier: float, seed: int, options: dict[str, Any]
+) -> None:
+    """Where a hash does not pick it, the others are not made as long as it."""
+    draw = torch.Generator().manual_seed(seed)
+    base, step = 0.05 * torch.randn(256, 256, generator=draw), 0.001
+    moves = step * torch.randn(256, 256, generator=draw)
+    moves[3, 4] = outlier
+    base = {"w": base, "v": base.clone()}
+    task = {"w": base["w"] + moves, "v": base["v"] + step}
+    try:
+        tallstore.pack(tmp_path / "z.tall", base, {"x": task}, **options, seed=seed)
+    except OptionError as exc:
+        assert "takes" in str(exc)
+        return
+    found = tallstore.load(tmp_path / "z.tall", task="x")["w"] - base["w"]
+    found[3, 4] = 0.0
+    # As noise of one in twenty weights is, at most so many times as long as without it.
+    assert float(found.norm()) < 2.5 * (20**0.5) * step * 256
+
+
+def test_what_a_small_model_takes_beside_its_codes(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = {f"{n}.w": torch.randn(3 + n % 5, generator=draw) for n in range(100)}
+    task = {name: tensor + 0.05 for name, tensor in base.items()}
+    (remark,) = tallstore.pack(
+        tmp_path / "z.tall", base, {"x": task}, code="auto", bits_per_weight=1.0
+    )
+    with tallstore.open(tmp_path / "z.tall") as store:
+        whole = 8 * store.stored_bytes("x") / store.tasks["x"].coded
+    found = re.fullmatch(
+        r"x: codes take (\S+) bits a weight where 1 was asked for, and (\S+) more for the levels "
+        r"of its tensors, .*",
+        remark,
+    )
+    assert found is not None
+    assert sum(map(float, found.groups())) == pytest.approx(whole, rel=0.02)
+    base, task = large_zoo()
+    path = tmp_path / "large.tall"
+    assert tallstore.pack(path, base, {"x": task}, code="auto", bits_per_weight=2.0) == []

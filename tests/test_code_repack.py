@@ -11,7 +11,7 @@ from coded_zoo import CODES, coded_zoo, name_of
 from zoo import State, bits
 
 import tallstore
-from tallstore.errors import OptionError, StoreExistsError, UnknownTaskError
+from tallstore.errors import MismatchError, OptionError, StoreExistsError, UnknownTaskError
 
 few = pytest.mark.parametrize("options", [CODES[n] for n in (0, 1, 5, 13, 19)], ids=name_of)
 
@@ -40,7 +40,8 @@ def test_in_place_from_exact_tiers(tmp_path: Path, exact: Path, options: dict[st
     fresh = tmp_path / "fresh.tall"
     tallstore.pack(fresh, base, tasks, exact=True, **options)
     remarks = tallstore.repack(exact, **options)
-    assert all("smaller and closer" in remark for remark in remarks)  # of masks, perhaps
+    # Of masks, and of tensors that are small.
+    assert all("smaller and closer" in one or "was asked for" in one for one in remarks)
     assert kept(exact) == dict.fromkeys(tasks, (options["code"], True))
     assert as_bytes(tallstore.load(exact)) == as_bytes(base)
     for name, task in tasks.items():
@@ -85,6 +86,26 @@ def test_codes_alone_are_never_coded_again(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     tallstore.repack(path, code="levels", originals=tasks)
     assert kept(path) == {n: ("levels", False) for n in ("x", "y", "whole")}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("options", [{"code": "signs"}, {"code": "tall"}], ids=name_of)
+def test_only_the_original_stands_in_for_a_task(
+    tmp_path: Path, options: dict[str, Any], exact: bool
+) -> None:
+    base, tasks = coded_zoo()
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, tasks, exact=exact, **options)
+    before = path.read_bytes()
+    one = {name: tensor.clone() for name, tensor in tasks["x"].items()}
+    one["b"][3, 5] += 1
+    for other in (one, tasks["y"], {**tasks["x"], "more": torch.ones(2)}):
+        with pytest.raises(MismatchError, match="name of its own"):
+            tallstore.repack(path, code="levels", originals={**tasks, "x": other})
+        assert path.read_bytes() == before
+    remarks = tallstore.repack(path, code="levels", originals=tasks)
+    assert not any("original" in remark for remark in remarks)
+    assert kept(path) == dict.fromkeys(tasks, ("levels", exact))
 
 
 def test_the_vector_stays_as_it_is(tmp_path: Path) -> None:

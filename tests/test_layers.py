@@ -65,6 +65,7 @@ LAYERS: list[set[str]] = [
         "mending",
         "externalbase",
         "mergestream",
+        "originals",
         "opening",
         "packing",
         "codelevels",

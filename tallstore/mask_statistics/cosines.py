@@ -73,7 +73,7 @@ class _TaskVectors:
 
 def _products(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Scalar products of all pairs of rows, in float64, piece after piece."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
     for start in range(0, rows.shape[1], _PIECE):
         # torch: on a worker it keeps to one thread, so that sums always go in one order.
         piece = torch.from_numpy(rows[:, start : start + _PIECE]).to(torch.float64)

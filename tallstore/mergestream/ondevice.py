@@ -55,7 +55,7 @@ class DeviceWeights:
             there = desk.upload("base", base[0], torch_dtype(base[1]))
             made = desk.room("made", there.numel() * itemsize(dtype)).view(torch_dtype(dtype))
             planes = step = rows = None
-            table = torch.ones(1, 1)
+            table = torch.ones(1, 1, dtype=torch.float32, device="cpu")
             if codes is not None and levels is not None:
                 planes = desk.upload("planes", codes[0], torch.uint8).view(codes[1], -1)
                 table, rows = levels

@@ -75,7 +75,7 @@ def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int, *, alone: bool
     device = same_device(**{f"run {n}": out for n, (_, out) in enumerate(runs)})
     dtype = runs[0][1].dtype
     blocks = -(-weights // BLOCK)
-    rows = torch.full((blocks,), len(runs), dtype=torch.int32)
+    rows = torch.full((blocks,), len(runs), dtype=torch.int32, device="cpu")
     addresses, stops = [], []
     for number, (first, out) in enumerate(runs):
         check_weights(out.numel(), **{f"run {number}": out})
@@ -94,7 +94,9 @@ def place(runs: Sequence[tuple[int, torch.Tensor]], weights: int, *, alone: bool
     numbers = None
     if alone:
         spans = [(first // BLOCK, -(-(first + out.numel()) // BLOCK)) for first, out in runs]
-        numbers = torch.cat([torch.arange(*span, dtype=torch.int32) for span in spans])
+        numbers = torch.cat(
+            [torch.arange(*span, dtype=torch.int32, device="cpu") for span in spans]
+        )
         rows = rows[numbers]
     return Places(
         runs=tuple(runs),

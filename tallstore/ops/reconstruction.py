@@ -100,7 +100,7 @@ def _table(levels: Sequence[float] | torch.Tensor, width: int) -> torch.Tensor:
         return levels
     if len(levels) != width:
         raise MismatchError(f"{len(levels)} levels for codes of {width} values")
-    return torch.tensor([tuple(levels)], dtype=torch.float32)
+    return torch.tensor([tuple(levels)], dtype=torch.float32, device="cpu")
 
 
 def _runs(rows: torch.Tensor | None, weights: int) -> Iterator[tuple[slice, int]]:

@@ -18,7 +18,9 @@ from tallstore.jit import compiled
 __all__ = ["NAN", "as_in", "bit", "narrow", "wide", "word"]
 
 #: What torch rounds a NaN to in bfloat16: it depends on the processor.
-NAN: Final = int(torch.full((64,), torch.nan).to(torch.bfloat16).view(torch.int16)[0]) & 0xFFFF
+NAN: Final = (
+    int(torch.full((64,), torch.nan, device="cpu").to(torch.bfloat16).view(torch.int16)[0]) & 0xFFFF
+)
 
 
 def wide(weight: Any) -> Any:

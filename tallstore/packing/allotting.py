@@ -162,7 +162,8 @@ class Offers:
 
     def erring(self, relative_error: float) -> Allotment | None:
         """What takes the fewest bits for an error; None where the best errs more."""
-        most = relative_error**2 * self.moved
+        # Times itself: the power raises where that is infinite.
+        most = relative_error * relative_error * self.moved
         found = self.least_error
         if found.error > most:
             return None

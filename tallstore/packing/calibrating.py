@@ -12,16 +12,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from tallstore.errors import OptionError, TallstoreError
 from tallstore.matching import common_prefix, renamed
 from tallstore.packing.divergence import distance, divergence, is_logits, softening
+from tallstore.wording import error_words
 
 __all__ = ["Calibrate", "Calibration"]
 
@@ -58,10 +61,15 @@ class Calibration:
     def __init__(self, task: str, calibrate: Calibrate, original: Any) -> None:
         self._task = task
         self._module, self._batches = self._ask(calibrate)
+        if not isinstance(original, Mapping) or not all(isinstance(name, str) for name in original):
+            raise self._refused(
+                f"the checkpoint is no state dict, of tensors by their names, but {_what(original)}"
+            )
         self._found = dict(_biased(self._module))
-        named = [n for n in original if isinstance(n, str)] if isinstance(original, Mapping) else []
+        with self._in_words("the module has no state dict"):
+            own = self._module.state_dict().keys()
         #: To take off a task's names, and to put on, for the module's: "model.", for one.
-        self._prefix = common_prefix(named, self._module.state_dict().keys())
+        self._prefix = common_prefix(list(original), own)
         self._means: dict[str, list[Tensor]] = defaultdict(list)
 
         def keep(name: str, output: Tensor, axis: int) -> None:
@@ -163,19 +171,20 @@ class Calibration:
         """
         module, given = self._module, self._batches[batch]
         there, trained = _weights(module), dict(module.named_parameters(remove_duplicate=False))
-        # Of those that the module ties one is given, the last, as a state dict is loaded.
-        given_by: dict[int, tuple[str, Tensor]] = {}
+        # Of those that the module ties the last is taken, as a state dict is loaded.
+        given_by: dict[int, Tensor] = {}
         for name, tensor in state.items():
             own = renamed(name, self._prefix)
             if own in there:
                 # Buffers the module may write to.
-                it = tensor.to(there[own], copy=own not in trained)
-                given_by[id(there[own])] = own, it
+                given_by[id(there[own])] = tensor.to(there[own], copy=own not in trained)
         arguments, words = _arguments(given)
         arguments = tuple(map(_trainable, arguments))
         words = {name: _trainable(value) for name, value in words.items()}
-        weights = dict(given_by.values())
-        found = list(_tensors(functional_call(module, weights, arguments, words)))
+        # Each place by one name: by two, what it held is lost when the call puts it back.
+        weights = {n: given_by[id(t)] for n, t in _held(module) if id(t) in given_by}
+        output = functional_call(module, weights, arguments, words, tie_weights=False)
+        found = list(_tensors(output))
         wanted = list(map(_trainable, self._wanted[batch]))
         if [one.shape for one in found] != [one.shape for one in wanted]:
             raise self._refused("the module gives other shapes than with the original weights")
@@ -187,62 +196,85 @@ class Calibration:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The module as it is when it is used, and as it was afterwards."""
-        modes = [(part, part.training) for part in self._module.modules()]
-        # Some count their calls, or keep what they were given.
-        kept = [(t, t.detach().clone()) for t in self._module.buffers() if not t.is_inference()]
-        self._module.eval()
+        module = self._module
+        # Some count their calls, keep what they were given, or hold other tensors afterwards.
+        parts = [
+            (part, part.training, dict(part._parameters), dict(part._buffers))
+            for part in module.modules()
+        ]
+        # Outside inference mode none can be written to that was made in it.
+        inside = torch.is_inference_mode_enabled()
+        kept = [
+            (tensor, tensor.detach().clone())
+            for tensor in (*module.parameters(), *module.buffers())
+            if inside or not tensor.is_inference()
+        ]
+        module.eval()
         try:
             yield
         finally:
-            for part, training in modes:
+            for part, training, parameters, buffers in parts:
                 part.training = training
+                if not isinstance(part, torch.jit.ScriptModule):  # whose are fixed
+                    part._parameters.update(parameters)
+                    part._buffers.update(buffers)
             with torch.no_grad():
                 for tensor, was in kept:
                     tensor.copy_(was)
 
-    def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
+    @contextmanager
+    def _in_words(self, what: str) -> Iterator[None]:
+        """Whatever the caller's module raises, as a refusal."""
         try:
+            yield
+        except TallstoreError:
+            raise
+        except Exception as exc:
+            raise self._refused(f"{what}: {error_words(exc)}") from exc
+
+    def _ask(self, calibrate: Calibrate) -> tuple[nn.Module, list[Any]]:
+        with self._in_words("it failed"):
             answer = calibrate(self._task)
             if not isinstance(answer, (tuple, list)) or len(answer) != 2:
                 raise self._refused(
                     f"it gave {type(answer).__name__}; a torch.nn.Module and batches are needed"
                 )
             module, given = answer[0], list(answer[1])
-        except TallstoreError:
-            raise
-        except Exception as exc:
-            raise self._refused(f"{type(exc).__name__}: {exc}") from exc
         if not isinstance(module, nn.Module) or not given:
             raise self._refused(
                 f"it gave {type(module).__name__} and {len(given)} batches; a torch.nn.Module and "
                 "at least one batch are needed"
             )
+        for name, tensor in _weights(module).items():
+            if is_lazy(tensor) or tensor.is_meta:
+                raise self._refused(
+                    f"{name!r} of the module has no numbers yet: call a lazy module once, and make "
+                    "one on the meta device real (to_empty)"
+                )
         return module, given
 
     def _run(self, state: Any, what: str) -> list[list[Tensor]]:
         """What the module, as `state` has it, gives for every batch."""
         module = self._module
-        # None can be written to that was made in inference mode.
-        there = [t for t in (*module.parameters(), *module.buffers()) if not t.is_inference()]
-        kept = [tensor.detach().clone() for tensor in there]
-        try:
+        with self._in_words(f"the module failed with {what}"), self.evaluating():
             named = {renamed(name, self._prefix): tensor for name, tensor in state.items()}
             missing = _missing(module, module.load_state_dict(named, strict=False).missing_keys)
             if missing:
                 raise self._refused(f"the task has no {missing[0]!r}, which the module has")
-            with self.evaluating(), torch.no_grad():
-                return [
-                    [t.detach().clone() for t in _tensors(_call(module, batch))]
-                    for batch in self._batches
-                ]
-        except TallstoreError:
-            raise
-        except Exception as exc:
-            raise self._refused(f"the module failed with {what}: {exc}") from exc
-        finally:
             with torch.no_grad():
-                for tensor, was in zip(there, kept, strict=True):
-                    tensor.copy_(was)
+                return [self._outputs(batch) for batch in self._batches]
+
+    def _outputs(self, batch: Any) -> list[Tensor]:
+        given = _call(self._module, batch)
+        found = [tensor.detach().clone() for tensor in _tensors(given)]
+        if not found:
+            raise self._refused(
+                f"the module gives {_what(given)} without floating-point numbers; a tensor "
+                "of them is needed, or a mapping, tuple, list or dataclass of some"
+            )
+        if not any(tensor.numel() for tensor in found):
+            raise self._refused("the module gives nothing for a batch: is the batch empty?")
+        return found
 
     @contextmanager
     def _hooked(
@@ -252,7 +284,9 @@ class Calibration:
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
             def told(module: nn.Module, _: Any, output: Any) -> Tensor | None:
-                return tell(name, output, self._found[name](output))
+                # Some give their bias beside what it is to be added to.
+                plain = isinstance(output, Tensor)
+                return tell(name, output, self._found[name](output)) if plain else None
 
             return told
 
@@ -273,6 +307,19 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each by all places that hold it, and a place by one name."""
+    for prefix, part in module.named_modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}".removeprefix("."), tensor
+
+
+def _what(given: Any) -> str:
+    """What something is, for messages."""
+    return "None" if given is None else f"a {type(given).__name__}"
 
 
 def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
@@ -311,11 +358,13 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The numbers that a module gives, in whatever they are; float32."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output.float()
+            yield (output if output.layout == torch.strided else output.to_dense()).float()
     elif isinstance(output, Mapping):
         yield from (found for part in output.values() for found in _tensors(part))
     elif isinstance(output, (tuple, list)):
         yield from (found for part in output for found in _tensors(part))
+    elif is_dataclass(output) and not isinstance(output, type):
+        yield from _tensors([getattr(output, field.name) for field in fields(output)])
 
 
 def _biased(module: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], int]]]:

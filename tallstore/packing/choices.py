@@ -40,6 +40,8 @@ _ROUNDED_BITS: Final = 4
 _SYMBOLS: Final = 0.015
 #: Fewer values alone, each as long as the rest together, could be anything.
 _FEWEST: Final = 32
+#: Weights to those that carry what they did, of normally distributed distances.
+_SPREAD: Final = 3.0
 _BITS: Final = (1, 2, 3, 4)
 
 
@@ -96,6 +98,7 @@ def _rounded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]
 def seeded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
     """Values on one weight in so many."""
     made = []
+    carrying = _carrying(found)
     for width in _BITS:
         magnitudes = fit_magnitudes(found, min(1 << (width - 1), 7))
         sums = _sums(magnitudes, found)
@@ -106,13 +109,25 @@ def seeded_choices(segment: int, found: Magnitudes, gain: str) -> list[Choice]:
         by_rule = max(norm - 2 * factor * sums.projection + found.moved, 0.0)
         for stride in _STRIDES:
             groups = -(-found.weights // stride)
-            if groups < _FEWEST:
+            if min(groups, _SPREAD * carrying / stride) < _FEWEST:
                 break
             draft = Draft(segment, SEEDED, (), width, stride=stride)
             bits = groups * (sums.entropy + 1)
             at_random = (stride - 1) * norm
             made.append(Choice(draft, bits, by_rule + at_random, at_random))
     return made
+
+
+def _carrying(found: Magnitudes) -> float:
+    """How many weights there would be if all moved as far: (sum t^2)^2 / sum t^4.
+
+    A third of the weights where they moved by normally distributed distances, and 1 where one moved
+    further than all others together: what carries the task is then picked, or it is not.
+    """
+    there = found.count > 0
+    squares = found.product[there] ** 2 / found.count[there]
+    fourths = float((squares**2 / found.count[there]).sum())
+    return found.moved**2 / fourths if fourths else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from tallstore.packing.masks import SpanMasks
 from tallstore.predicting import predict
 from tallstore.scratch import Scratch
 from tallstore.sources.source import Source
+from tallstore.wording import error_words
 from tallstore.workers import Workers
 
 __all__ = [
@@ -56,8 +57,9 @@ def check_lambdas(value: float | Sequence[float] | None, *, evaluate: bool) -> t
     """
     if value is None:
         return (DEFAULT_TALL_LAMBDA,)
-    given = (value,) if isinstance(value, (int, float)) else tuple(value)
-    numbers = all(isinstance(g, (int, float)) and math.isfinite(g) and g > 0 for g in given)
+    one = (int, float, np.floating, np.integer)
+    given = (value,) if isinstance(value, one) else tuple(value)
+    numbers = all(isinstance(g, one) and math.isfinite(g) and g > 0 for g in given)
     if not given or not numbers:
         raise OptionError(f"tall_lambda={value!r}: positive numbers, 0.2 .. 0.6 in the paper")
     if len(given) > 1 and not evaluate:
@@ -117,9 +119,7 @@ def score_of(evaluate: Evaluate, task: str, state: Any, what: str) -> float:
     except TallstoreError:
         raise
     except Exception as exc:
-        raise OptionError(
-            f"evaluate({task!r}, ...) failed at {what}: {type(exc).__name__}: {exc}"
-        ) from exc
+        raise OptionError(f"evaluate({task!r}, ...) failed at {what}: {error_words(exc)}") from exc
     if math.isnan(score):
         raise OptionError(f"evaluate({task!r}, ...) gave NaN at {what}; give a number")
     return score
@@ -162,7 +162,7 @@ def _reconstruct(
         for span in range(base.layout.arenas[arena].spans)
     ]
 
-    levels = torch.tensor([TALL_LEVELS], dtype=torch.float32)
+    levels = torch.tensor([TALL_LEVELS], dtype=torch.float32, device="cpu")
     scratch = Scratch()
     stats: dict[int, CodeStats] = defaultdict(CodeStats)
     lock = threading.Lock()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from tallstore.codes import MAX_STRIDE
 from tallstore.errors import OptionError
 from tallstore.fitting import DEFAULT_GAIN, GAINS
@@ -19,6 +21,8 @@ _DENSITY: Final = {"signs": 0.05, "seeded": 0.1}
 _BITS: Final = {"seeded": 4, "levels": 2}
 #: Most bits of a value or a level.
 MOST_BITS: Final = 4
+#: What ``auto`` spends where nobody says how much.
+_DEFAULT_BITS: Final = 0.15
 _MAX_SEED: Final = 1 << 32
 _MOST_STEPS: Final = 1_000_000
 
@@ -50,6 +54,13 @@ class CodeOptions:
             return 0
         # Also of densities whose inverse no float holds.
         return max(1, round(min(1 / self.density, MAX_STRIDE)))
+
+    @property
+    def budget(self) -> float | None:
+        """Bits a weight that codes may take; None where that is not how they are chosen."""
+        if self.code != "auto" or self.max_error is not None:
+            return None
+        return _DEFAULT_BITS if self.bits_per_weight is None else self.bits_per_weight
 
     @property
     def shared(self) -> bool:
@@ -91,7 +102,7 @@ def code_options(*, evaluate: bool = False, calibrate: bool = False, **given: An
     if code not in CODE_NAMES:
         raise OptionError(f"code={code!r}: it is one of {', '.join(CODE_NAMES)}")
     _check_meaning(code, given)
-    found = CodeOptions(**{name: value for name, value in given.items() if value is not None})
+    found = CodeOptions(**{n: _plain(value) for n, value in given.items() if value is not None})
     _check_range("density", found.density, 0, 1)
     _check_range("bits_per_weight", found.bits_per_weight, 0, 16)
     _check_range("max_error", found.max_error, 0, math.inf)
@@ -131,6 +142,11 @@ def code_options(*, evaluate: bool = False, calibrate: bool = False, **given: An
     return CodeOptions(**{**_fields(found), "density": density, "bits": bits})
 
 
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which records can hold."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _fields(options: CodeOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CodeOptions.__slots__}
 
@@ -161,7 +177,7 @@ def _check_meaning(code: str, given: Mapping[str, Any]) -> None:
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is None:
         return
-    number = type(value) in (int, float) and not math.isnan(value)
+    number = type(value) in (int, float) and math.isfinite(value)
     if not number or not low < value <= high:
         limit = f", at most {high:g}" if math.isfinite(high) else ""
         raise OptionError(f"{name}={value!r}: a number above {low:g}{limit} is needed")

@@ -30,6 +30,7 @@ from tallstore.packing.drafts import Draft
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.target import Target
 from tallstore.seeding import Positions
+from tallstore.wording import error_words
 
 __all__ = ["Distillation", "all_steps"]
 
@@ -128,7 +129,8 @@ class Distillation:
                 if any(map(self._calibration.trains, names))
             ]
             pupils = [pupil for pupil in pupils if pupil.moved]
-            self._train(pupils, fixed)
+            if not self._train(pupils, fixed):
+                pupils = []
         segments = self._candidate.source.segments
         changed = {p.own: p.bytes(segments[p.own].dtype) for p in pupils}
         kept = {} if target.coded is None else target.coded.changed
@@ -154,10 +156,11 @@ class Distillation:
                 found[place] = spec.segment, (*names, spec.name)
         return found
 
-    def _train(self, pupils: Sequence[_Pupil], fixed: Mapping[str, Tensor]) -> None:
+    def _train(self, pupils: Sequence[_Pupil], fixed: Mapping[str, Tensor]) -> bool:
+        """Train; gives whether there was anything to be learnt."""
         numbers = [number for pupil in pupils for number in pupil.numbers]
         if not numbers:
-            return
+            return False
         advance = self._progress()
         starts = [number.detach().clone() for number in numbers]
         tried: dict[float, float] = {}
@@ -166,7 +169,11 @@ class Distillation:
             with torch.no_grad():
                 for number, start in zip(numbers, starts, strict=True):
                     number.copy_(start)
-        self._run(pupils, fixed, min(tried, key=lambda rate: tried[rate]), self._steps, advance)
+        best = min(tried, key=lambda rate: tried[rate])
+        if tried[best] == math.inf:
+            return False
+        self._run(pupils, fixed, best, self._steps, advance)
+        return True
 
     def _run(
         self,
@@ -205,7 +212,7 @@ class Distillation:
             except Exception as exc:
                 raise OptionError(
                     f"distil={self._steps}: the module of task {self._candidate.name!r} cannot be "
-                    f"trained with: {exc}"
+                    f"trained with: {error_words(exc)}"
                 ) from exc
             # A batch that says nothing finite teaches nothing; `distance` has the last word.
             for (number, _), gradient in zip(rates, found, strict=True):
@@ -273,9 +280,11 @@ class _Pupil:
         self.moved = size > 0
         self._size = size or 1.0
         sizes = self._moved.abs() / self._size
-        self._levels = torch.tensor(_scaled(draft.magnitudes, sizes, before))
+        levels = np.array(_scaled(draft.magnitudes, sizes, before), np.float32)
+        # Of numpy's, not made by torch: that may have another device or dtype by default.
+        self._levels = torch.from_numpy(levels)
         self._between = (self._levels[1:] + self._levels[:-1]) / 2
-        self._gain = torch.ones(()).requires_grad_()
+        self._gain = torch.from_numpy(np.ones((), np.float32)).requires_grad_()
         values = self._moved / self._size
         if before is not None:
             # As they were before they were rounded, made as long as their levels are.
@@ -325,7 +334,7 @@ def _scaled(magnitudes: Sequence[float], sizes: Tensor, before: Tensor | None) -
     before
         What was rounded to the magnitudes as they are; None: nobody knows.
     """
-    there = torch.tensor(magnitudes, dtype=torch.float64)
+    there = torch.tensor(magnitudes, dtype=torch.float64, device=sizes.device)
     if not sizes.numel():
         return list(magnitudes)
     sizes = sizes.double()

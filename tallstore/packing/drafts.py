@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from tallstore.seeding import seeded_tensor, support
 from tallstore.spancodes import pack_values
 
 __all__ = ["Draft", "SpanCodes", "settle"]
+
+#: Seeded values are made longer by about their stride; by more than so many times that none are.
+_LONGEST: Final = 2.0
 
 _Codes = npt.NDArray[np.uint8]
 
@@ -74,6 +78,9 @@ def settle(draft: Draft, stats: CodeStats, gain: str) -> SegmentCode | None:
         if draft.corrected
         else gain_factor(gain, moved=stats.moved, projection=stats.projection, norm=stats.norm)
     )
+    if factor is not None and draft.form == SEEDED:
+        # A seed that picks few of the weights that moved most would have the others be as much.
+        factor = min(factor, _LONGEST * draft.stride)
     code = None if factor is None else draft.code(factor)
     if code is None and draft.form == SEEDED:
         # Its values are on the disk already, and the next ones' places hang on them.

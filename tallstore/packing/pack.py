@@ -42,6 +42,7 @@ from tallstore.packing.encodings import Policy, policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.masks import SpanMasks, masks_on, tall_span
+from tallstore.packing.overspending import overspent
 from tallstore.packing.planning import Planner
 from tallstore.packing.suggesting import suggest
 from tallstore.packing.target import Target
@@ -341,14 +342,10 @@ class _Packing:
 
     def _mask_bits(self, catalog: Catalog, vector: VectorRecord) -> float:
         """Bits a coded weight and task of masks and shared vector, on the disk."""
-        self._new.environment.handles += 1
-        written = Snapshot(self._new.environment)
-        try:
+        with self._snapshot() as written:
             found = [describe(written, catalog, task=name).task for name in catalog.tasks]
             planes = {code.planes for task in found if task for code in task.codes}
             stored = sum(written.stream(n).stored for n in {*planes, *vector.streams} if n)
-        finally:
-            written.close()
         coded = sum(task.coded for task in catalog.tasks.values())
         return 8 * stored / coded if coded else 0.0
 
@@ -379,19 +376,20 @@ class _Packing:
                 )
                 targets.append(target)
                 notes += remarks
-            self._write(snapshot, targets, tall_span)
+            catalog = self._write(snapshot, targets, tall_span)
+        if options.budget is not None and options.keep is None:
+            with self._snapshot() as written:
+                remark = overspent(written, catalog, options.budget)
+            if remark is not None:
+                notes.append(remark)
         return notes
 
     def trial(self, snapshot: Snapshot, target: Target) -> Any:
         """What a target will load as: it is written, for a moment as the only task."""
         catalog = self._write(snapshot, [target], tall_span)
-        self._new.environment.handles += 1
-        written = Snapshot(self._new.environment)
-        try:
+        with self._snapshot() as written:
             name = target.candidate.name
             return Loader(written, catalog, task=name, fidelity="codes").load()
-        finally:
-            written.close()
 
     @contextmanager
     def _reading(
@@ -400,10 +398,16 @@ class _Packing:
         """What is committed of the new store."""
         if self._done is None:
             raise RuntimeError("base_and_vector comes first")
+        with self._snapshot() as snapshot:
+            yield snapshot, *self._done
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Snapshot]:
+        """Of what is committed."""
         self._new.environment.handles += 1
         snapshot = Snapshot(self._new.environment)
         try:
-            yield snapshot, *self._done
+            yield snapshot
         finally:
             snapshot.close()
 

@@ -34,10 +34,8 @@ from tallstore.progress import Meter
 from tallstore.seeding import picked
 from tallstore.workers import Workers
 
-__all__ = ["DEFAULT_BITS", "Planner", "Trial"]
+__all__ = ["Planner", "Trial"]
 
-#: What ``auto`` spends where nobody says how much.
-DEFAULT_BITS: Final = 0.15
 #: Bits a weight that ``keep`` tries, in order.
 _LADDER: Final = (0.03, 0.06, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 
@@ -197,7 +195,7 @@ class Planner:
             return self._target(candidate, self._drafts(candidate, found, options), options, exact)
         correction = module.correction
         weights = sum(seen.weights for seen in found.values())
-        budget = _budget(options, weights)
+        budget = None if options.budget is None else options.budget * weights
         biases = correction.within(budget)
         others = {n: seen for n, seen in found.items() if n not in biases}
         taken = sum(biases.values())
@@ -302,7 +300,8 @@ class Planner:
             target = self.made(candidate, found, rung, exact=False, module=module)
             score = trial.score(target, f"{bits} bits a weight")
             if score >= share * whole:
-                return replace(target, exact=exact, score=score), []
+                known = score if math.isfinite(score) else None
+                return replace(target, exact=exact, score=known), []
         note = (
             f"{candidate.name}: {_LADDER[-1]} bits a weight score {score:.4g}, and {share:g} of "
             f"the original's {whole:.4g} was asked for: the exact tier is kept too"
@@ -350,11 +349,11 @@ class Planner:
         by_rule
             See `Offers`.
         """
-        if options.code != "auto":
-            return fixed_drafts(options, found, partial(self._values, candidate))
         if options.max_error is not None:
             return _within_error(candidate.name, self._offers(found), options.max_error)
-        bits = DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight
+        bits = options.budget
+        if bits is None:
+            return fixed_drafts(options, found, partial(self._values, candidate))
         offers = self._offers(found, by_rule=by_rule)
         bought = offers.within(bits, taken=taken)
         nothing = bought.drafts and all(draft.left for draft in bought.drafts.values())
@@ -376,13 +375,6 @@ class Planner:
             # None of the weights picked had moved: there is nothing to fit to.
             drafts[n] = made or Draft(n, SPARSE, cut=math.inf, left=True)
         return drafts
-
-
-def _budget(options: CodeOptions, weights: int) -> float | None:
-    """Bits that a task may take; None where that is not how it is coded."""
-    if options.code != "auto" or options.max_error is not None:
-        return None
-    return weights * (DEFAULT_BITS if options.bits_per_weight is None else options.bits_per_weight)
 
 
 def _within_error(name: str, offers: Offers, max_error: float) -> Mapping[int, Draft]:

@@ -107,7 +107,7 @@ def compact_form(
 
 def _sparse(run: Run, code: SegmentCode, planes: torch.Tensor) -> SparseCode:
     part = planes[: code.bits, run.first // 8 : (run.stop + 7) // 8]
-    levels = torch.tensor([code.row(code.bits)], dtype=torch.float32)
+    levels = torch.tensor([code.row(code.bits)], dtype=torch.float32, device="cpu")
     return compress_planes(part, run.out.numel(), levels)
 
 
@@ -144,5 +144,5 @@ def _seeded(
             first, blocks = seeded.first // 8, -(-seeded.groups // BLOCK)
             parts.append(values[span][: code.bits, first : first + blocks * BLOCK // 8])
     planes = torch.from_numpy(np.ascontiguousarray(np.concatenate(parts, axis=1)))
-    table = torch.tensor([code.levels] * len(tensors), dtype=torch.float32)
+    table = torch.tensor([code.levels] * len(tensors), dtype=torch.float32, device="cpu")
     return build(tensors, planes, table, run.out.numel())

@@ -26,7 +26,7 @@ __all__ = ["Resident", "host_memory"]
 
 def host_memory(size: int, device: torch.device) -> torch.Tensor:
     """Bytes of the host's memory, pinned where there is a device to pin them for."""
-    memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     prefer_huge_pages(memory.numpy())
     return memory
 
