@@ -236,8 +236,10 @@ def pack(
     seed
         Of the hash, below 2**32.
     bits_per_weight, max_error, keep
-        Budgets of ``"auto"``, one of them: bits a weight; relative error at most; the share of the
-        fine-tuned model's score to keep, as `evaluate` tells it. 0.15 bits if none is given.
+        Budgets of ``"auto"``, one of them: bits a weight, of codes (the levels of its tensors take
+        some 25 bytes each beside them; a remark says where that is much); relative error at most;
+        the share of the fine-tuned model's score to keep, as `evaluate` tells it. 0.15 bits if none
+        is given.
     merge
         What the shared vector is: ``"ta"`` (the sum of the task vectors; None), ``"ties"``, any
         other name in `tallstore.merging.RULES` that takes no masks, or a rule object.

@@ -182,7 +182,8 @@ def repack(
     exact
         Keep the exact tier; None: if every task has one.
     originals
-        Checkpoints of tasks that have no exact tier, by name.
+        Checkpoints of tasks that have no exact tier, by name; others than they were made from are
+        refused.
     overwrite
         Replace a store at `out`.
     timeout, report

@@ -74,7 +74,7 @@ def coding_options(
             "--bits-per-weight",
             type=float,
             metavar="BITS",
-            help="auto: what may be spent.  [default: 0.15]",
+            help="auto: what codes may take.  [default: 0.15]",
         ),
         "max_error": click.option(
             "--max-error", type=float, metavar="NUMBER", help="auto: relative error at most."
