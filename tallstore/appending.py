@@ -12,20 +12,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
+from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name, now
 from tallstore.documents import BaseDocument
+from tallstore.engine.newfile import NewFile
 from tallstore.engine.session import WriteSession
 from tallstore.errors import CorruptStoreError, OptionError, TaskExistsError
+from tallstore.externalbase import place_of, refer
+from tallstore.loading import Loader
 from tallstore.matching import match
+from tallstore.packing.calibrating import Calibrate
+from tallstore.packing.choosing import Evaluate
 from tallstore.packing.codeoptions import MOST_BITS, CodeOptions, code_options
+from tallstore.packing.encodings import policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
-from tallstore.packing.pack import now
+from tallstore.packing.newstore import NewStore
 from tallstore.packing.planning import Planner
 from tallstore.packing.target import Target
 from tallstore.packing.tasks import encode_tasks
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
+from tallstore.storesource import StoreSource
 from tallstore.workers import Workers, workers
 from tallstore.writing import HeldStore, commit, held_for_writing, without_idle_vector
 
@@ -45,6 +52,9 @@ def append_tasks(
     *,
     options: CodeOptions | None = None,
     like_store: bool = False,
+    evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
+    distil: int | None = None,
     exact: bool | None = None,
     overwrite: bool,
     strict: bool,
@@ -61,6 +71,10 @@ def append_tasks(
     like_store
         Where `options` is None: code them as the store's tasks are, if those are coded alike and
         without a vector that was merged from them.
+    evaluate, calibrate
+        The caller's, to try codes with.
+    distil
+        Steps, where codes are as the store's.
     exact
         Whether the exact tier is kept; None: only where there are no codes.
     overwrite
@@ -92,7 +106,14 @@ def append_tasks(
                 "overwrite=True (--overwrite) to replace it"
             )
         if options is None and like_store:
-            options = options_like(catalog)
+            options = options_like(catalog, calibrate=calibrate is not None, distil=distil)
+        tried = evaluate is not None or calibrate is not None
+        if tried and (options is None or options.shared):
+            kept = "kept exactly" if options is None else "coded over a vector that is there"
+            raise OptionError(
+                f"{path}: {', '.join(tasks)} would be {kept}, and nothing is to be tried out by "
+                "evaluate= or calibrate=; give another code= too, or leave them away"
+            )
         vector = _vector(path, catalog, options)
         meter = Meter(report)
         targets, notes = [], []
@@ -105,7 +126,14 @@ def append_tasks(
                 parameters: dict[str, Any] | None = {} if compress else None
                 targets.append(Target(candidate=candidate, exact=True, parameters=parameters))
                 continue
-            target, remarks = _target(held, base, vector, candidate, options, exact, pool, meter)
+            if tried:
+                target, remarks = _tried(
+                    held, candidate, options, evaluate, calibrate, exact, pool, meter
+                )
+            else:
+                target, remarks = _target(
+                    held, base, vector, candidate, options, exact, pool, meter
+                )
             targets.append(target)
             notes += remarks
         total = sum(t.candidate.plan.coded for t in targets) * 4
@@ -129,8 +157,16 @@ def append_tasks(
     return notes
 
 
-def options_like(catalog: Catalog) -> CodeOptions | None:
-    """The options of a store's tasks, where they are coded alike and are appended to."""
+def options_like(
+    catalog: Catalog, *, calibrate: bool = False, distil: int | None = None
+) -> CodeOptions | None:
+    """The options of a store's tasks, where they are coded alike and are appended to.
+
+    Parameters
+    ----------
+    calibrate, distil
+        What a newcomer is coded with besides.
+    """
     # How codes were made by a module of the caller's says nothing of how others are coded.
     found = [
         (record.code, {n: v for n, v in (record.parameters or {}).items() if n not in _BY_MODULE})
@@ -140,7 +176,8 @@ def options_like(catalog: Catalog) -> CodeOptions | None:
     if not found or any(other != found[0] for other in found) or found[0][0] == "tall":
         return None
     code, parameters = found[0]
-    return code_options(code=code, **{n: parameters[n] for n in _ALIKE if n in parameters})
+    alike = {n: parameters[n] for n in _ALIKE if n in parameters}
+    return code_options(code=code, calibrate=calibrate, distil=distil, **alike)
 
 
 def _vector(path: Path, catalog: Catalog, options: CodeOptions | None) -> VectorRecord | None:
@@ -199,6 +236,35 @@ def _target(
         f"error {first:.2f} with {options.bits} bits, {usual:.2f} for the tasks there; coded with "
         f"{wider.bits} bits, {error:.2f}"
     ]
+
+
+def _tried(
+    held: HeldStore,
+    candidate: Candidate,
+    options: CodeOptions,
+    evaluate: Evaluate | None,
+    calibrate: Calibrate | None,
+    exact: bool | None,
+    pool: Workers,
+    meter: Meter,
+) -> tuple[Target, list[str]]:
+    """How a newcomer is coded, by what the caller's functions say of it.
+
+    They are asked about codes that are written, for a moment, to a file beside the store.
+    """
+    path, record = held.snapshot.path, held.catalog.base
+    if record is None:
+        raise CorruptStoreError(f"{path}: the store holds no base")
+    home = path if record.external is None else place_of(path, record.external)
+    base = StoreSource(Loader(held.snapshot, held.catalog, task=None), label=str(path))
+    new = NewFile(path)
+    try:
+        store = NewStore(new, base, [candidate], pool, meter, refer(path, home, record.identity))
+        store.base_and_vector(None, "float32", policy(False))
+        (target,), notes = store.targets(options, evaluate, calibrate, exact=bool(exact))
+    finally:
+        new.discard()
+    return target, notes
 
 
 def _usual_error(records: Iterable[TaskRecord]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from tallstore import strictjson
@@ -22,6 +23,7 @@ __all__ = [
     "TaskRecord",
     "VectorRecord",
     "check_task_name",
+    "now",
 ]
 
 #: What a store needs of its readers whose base is in another store.
@@ -36,6 +38,11 @@ _CODES: Final = (*_PLAIN, "signs", "seeded", "levels", "auto")
 #: How a shared vector can be kept beside the codable dtypes: integers and a scale a block.
 QUANTIZED: Final = ("int8", "int4", "uint8", "uint4")
 _MAX_NAME: Final = 255
+
+
+def now() -> str:
+    """The time, as records keep it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def check_task_name(name: object) -> str:

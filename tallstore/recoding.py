@@ -33,6 +33,10 @@ def add(
     seed: int = 0,
     bits_per_weight: float | None = None,
     max_error: float | None = None,
+    keep: float | None = None,
+    evaluate: Evaluate | None = None,
+    calibrate: Calibrate | None = None,
+    distil: int | None = None,
     exact: bool | None = None,
     originals: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -51,10 +55,13 @@ def add(
         The store.
     tasks
         Checkpoints by name, each given as `pack` takes them.
-    code, density, bits, over, gain, seed, bits_per_weight, max_error
+    code, density, bits, over, gain, seed, bits_per_weight, max_error, keep
         As for `pack`. ``"exact"`` keeps the exact difference from the base, and no code. None: as
         the store's own tasks are coded; exact where those have TALL masks, or differ. Levels over
         a stored profile of magnitudes that serves a newcomer badly get more bits, and a remark.
+    evaluate, calibrate, distil
+        As for `pack`, of newcomers alone; not over a stored profile. Codes are tried out in a file
+        beside the store, which takes as much room as they do.
     exact
         Keep the exact tier beside the code too. With ``exact=True`` and a task that is there as
         codes alone, the checkpoint that it was coded from restores its exact tier.
@@ -88,9 +95,15 @@ def add(
         "seed": seed,
         "bits_per_weight": bits_per_weight,
         "max_error": max_error,
+        "keep": keep,
     }
-    options = None if code in (None, "exact") else code_options(code=code, **given)
-    if options is None:
+    tries = {"evaluate": evaluate is not None, "calibrate": calibrate is not None}
+    options = None
+    if code not in (None, "exact"):
+        options = code_options(code=code, distil=distil, **tries, **given)
+    else:
+        if calibrate is None:
+            given["distil"] = distil
         idle = [n for n, value in given.items() if value != _DEFAULTS.get(n)]
         if idle:
             raise OptionError(f"{idle[0]}={given[idle[0]]!r}: it goes with a code; give code= too")
@@ -108,6 +121,7 @@ def add(
                 options=options,
                 originals=_opened(stack, originals or {}),
                 newcomers=_opened(stack, tasks),
+                evaluate=evaluate,
                 exact=exact,
                 timeout=timeout,
                 report=report,
@@ -124,6 +138,9 @@ def add(
                 tasks,
                 code=options,
                 like_store=code is None,
+                evaluate=evaluate,
+                calibrate=calibrate,
+                distil=distil,
                 exact=exact,
                 overwrite=overwrite,
                 report=report,

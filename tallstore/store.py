@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tallstore.mergestream.grid import EvaluateMerge
     from tallstore.mergestream.merge import Merge
     from tallstore.merging import MergeRule
+    from tallstore.packing.calibrating import Calibrate
+    from tallstore.packing.choosing import Evaluate
     from tallstore.packing.codeoptions import CodeOptions
     from tallstore.progress import Report
     from tallstore.specs import TensorSpec
@@ -403,6 +405,9 @@ class TallStore:
         *,
         code: CodeOptions | None = None,
         like_store: bool = False,
+        evaluate: Evaluate | None = None,
+        calibrate: Calibrate | None = None,
+        distil: int | None = None,
         exact: bool | None = None,
         overwrite: bool = False,
         strict: bool = True,
@@ -424,6 +429,9 @@ class TallStore:
                 sources,
                 options=code,
                 like_store=like_store,
+                evaluate=evaluate,
+                calibrate=calibrate,
+                distil=distil,
                 exact=exact,
                 overwrite=overwrite,
                 strict=strict,

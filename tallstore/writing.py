@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tallstore.catalog import Catalog
+from tallstore.catalog import Catalog, now
 from tallstore.describing import read_base
 from tallstore.documents import BaseDocument
 from tallstore.engine.environment import Environment, lmdb_errors, open_environment
@@ -30,7 +30,6 @@ from tallstore.errors import (
 from tallstore.externalbase import open_external, with_base_at
 from tallstore.packing.base import write_base
 from tallstore.packing.encodings import policy
-from tallstore.packing.pack import now
 from tallstore.progress import Meter, Report
 from tallstore.sources.source import Source
 from tallstore.version import WRITTEN_BY

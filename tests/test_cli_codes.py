@@ -36,7 +36,8 @@ def test_help_names_every_option(command: str) -> None:
     text = ok(command, "--help")
     for option in ("--code", "--density", "--bits", "--over", "--gain", "--bits-per-weight"):
         assert option in text
-    assert ("--keep" in text) == ("--evaluate" in text) == (command != "add")
+    for option in ("--keep", "--evaluate", "--calibrate", "--distil"):
+        assert option in text
 
 
 def test_pack_info_strip_and_back(zoo: Path) -> None:
@@ -94,6 +95,37 @@ def test_evaluate_by_its_name(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert reason in message
 
 
+def test_a_module_by_its_name(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (zoo / "inputs.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(48, 64)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x)\n"
+        "def some(task):\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net(), list(torch.rand(64, 48).split(16))\n"
+        "def none(task):\n"
+        "    return None\n"
+    )
+    monkeypatch.chdir(zoo)
+    module = ("--calibrate", "inputs:some", "--distil", "32")
+    store = packed(zoo, "--code", "signs", "--density", "20%", *module)
+    more = f"more={zoo / 'tasks' / 'code.pt'}"
+    ok_json("add", store, more, *module)
+    for name in (*TASKS, "more"):
+        assert ok_json("info", store, name)["parameters"]["distil"] == 32
+    code, again = (tallstore.load(store, task=name) for name in ("code", "more"))
+    assert all(torch.equal(code[name], again[name]) for name in code)
+    before = store.read_bytes()
+    other = ("add", store, f"other={zoo / 'tasks' / 'code.pt'}")
+    assert "it gave NoneType" in refused(*other, "--calibrate", "inputs:none")
+    assert "goes with a code" in refused(*other, "--distil", "8")
+    assert store.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -106,6 +138,7 @@ def test_evaluate_by_its_name(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["--code", "auto", "--bits-per-weight", "0.001"], 1, "at least"),
         (["--code", "auto", "--keep", "0.9"], 1, "evaluate"),
         (["--code", "auto", "--max-error", "1", "--bits-per-weight", "1"], 1, "one of them"),
+        (["--code", "auto", "--max-error", "inf"], 1, "max_error=inf"),
         (["--code", "seeded", "--seed", "4294967296"], 1, "seed"),
         (["--code", "signs", "--tall-lambda", "0.3"], 1, "tall_lambda"),
         (["--vector-dtype", "int2"], 2, "--vector-dtype"),

@@ -150,7 +150,7 @@ def test_a_base_in_another_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("disk"), KeyboardInterrupt()], ids=str)
-@pytest.mark.parametrize("when", ["evaluate", "tallstore.packing.pack.encode_tasks",
+@pytest.mark.parametrize("when", ["evaluate", "tallstore.packing.newstore.encode_tasks",
                                   "tallstore.engine.newfile.NewFile.publish"])  # fmt: skip
 def test_a_failure_leaves_the_store_as_it_was(
     tmp_path: Path,

@@ -37,7 +37,7 @@ _EXACT = (
     )
 )
 @click.argument("items", metavar="STORE NAME=PATH...", nargs=-1, required=True, type=click.Path())
-@coding_options(tries=False, extra=("exact",))
+@coding_options(extra=("exact",))
 @click.option(
     "--exact",
     is_flag=True,

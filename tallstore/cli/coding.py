@@ -33,14 +33,8 @@ def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
         ) from None
 
 
-#: Options that try out what tasks are coded with, by a function of the user's.
-_TRIES: Final = ("keep", "evaluate", "calibrate", "distil")
-
-
-def coding_options(
-    *, tries: bool = True, extra: tuple[str, ...] = ()
-) -> Callable[[_Function], _Function]:
-    """``--code``, with `extra` choices beside `CODES`, and its options, those that try or not."""
+def coding_options(*, extra: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
+    """``--code``, with `extra` choices beside `CODES`, and its options."""
     every = {
         "density": click.option(
             "--density",
@@ -105,9 +99,8 @@ def coding_options(
     }
 
     def add(function: _Function) -> _Function:
-        for name, option in reversed(every.items()):
-            if tries or name not in _TRIES:
-                function = option(function)
+        for option in reversed(every.values()):
+            function = option(function)
         return click.option(
             "--code",
             type=click.Choice([*CODES, *extra]),

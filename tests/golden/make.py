@@ -186,14 +186,14 @@ def main() -> None:
     """Write one file and print its digest."""
     import tallstore
     import tallstore.appending
-    import tallstore.packing.pack
+    import tallstore.packing.newstore
     import tallstore.workers
     import tallstore.writing
 
     here = Path(__file__).resolve().parent
     tallstore.workers.cores = lambda: 1  # one thread: chunks come to LMDB in one order
     os.urandom = lambda size: bytes(range(size))  # the stores' identities
-    for module in (tallstore.packing.pack, tallstore.appending, tallstore.writing):
+    for module in (tallstore.packing.newstore, tallstore.appending, tallstore.writing):
         module.now = lambda: "2026-01-01T00:00:00+00:00"  # type: ignore[attr-defined]
     os.chdir(here)  # paths that are written down are names alone
     (name,) = sys.argv[1:]
