@@ -7,6 +7,7 @@ masks: those belong to a vector that was merged from the tasks themselves (`tall
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from tallstore.catalog import Catalog, TaskRecord, VectorRecord, check_task_name
 from tallstore.documents import BaseDocument
 from tallstore.engine.newfile import NewFile
 from tallstore.engine.session import WriteSession
-from tallstore.errors import CorruptStoreError, OptionError, TaskExistsError
+from tallstore.errors import CorruptStoreError, OptionError, TallstoreError, TaskExistsError
 from tallstore.externalbase import place_of, refer
 from tallstore.loading import Loader
 from tallstore.matching import match
@@ -27,6 +28,7 @@ from tallstore.packing.encodings import policy
 from tallstore.packing.files import known_files
 from tallstore.packing.gathering import Candidate
 from tallstore.packing.newstore import NewStore
+from tallstore.packing.overspending import overspent
 from tallstore.packing.planning import Planner
 from tallstore.packing.target import Target
 from tallstore.packing.tasks import encode_tasks
@@ -42,7 +44,7 @@ __all__ = ["append_tasks", "options_like"]
 _MUCH_WORSE: Final = 1.1
 #: What a module of the caller's had a part in.
 _BY_MODULE: Final = frozenset({"corrected", "distil"})
-#: Of what tasks were coded with, what a newcomer is: a share of a score takes an `evaluate`.
+#: Of what tasks were coded with, what a newcomer is; a share of a score, too, with `evaluate`.
 _ALIKE: Final = ("density", "bits", "over", "gain", "bits_per_weight", "max_error")
 
 
@@ -106,7 +108,12 @@ def append_tasks(
                 "overwrite=True (--overwrite) to replace it"
             )
         if options is None and like_store:
-            options = options_like(catalog, calibrate=calibrate is not None, distil=distil)
+            options = options_like(
+                catalog,
+                evaluate=evaluate is not None,
+                calibrate=calibrate is not None,
+                distil=distil,
+            )
         tried = evaluate is not None or calibrate is not None
         if tried and (options is None or options.shared):
             kept = "kept exactly" if options is None else "coded over a vector that is there"
@@ -152,19 +159,30 @@ def append_tasks(
                 workers=pool,
                 progress=meter.stage("add", total),
             )
-            after = replace(catalog, tasks={**catalog.tasks, **records})
-            commit(session, without_idle_vector(after))
+            after = without_idle_vector(replace(catalog, tasks={**catalog.tasks, **records}))
+            commit(session, after)
+        if options is not None and options.budget is not None and options.keep is None:
+            notes += _on_budget(held, replace(after, tasks=records), options.budget)
+            notes += _unscored(catalog, options)
     return notes
 
 
+def _on_budget(held: HeldStore, added: Catalog, budget: float) -> list[str]:
+    """A remark on what was committed; none where that cannot be read: it is stored all the same."""
+    with suppress(TallstoreError), held.committed() as written:
+        remark = overspent(written, added, budget)
+        return [] if remark is None else [remark]
+    return []
+
+
 def options_like(
-    catalog: Catalog, *, calibrate: bool = False, distil: int | None = None
+    catalog: Catalog, *, evaluate: bool = False, calibrate: bool = False, distil: int | None = None
 ) -> CodeOptions | None:
     """The options of a store's tasks, where they are coded alike and are appended to.
 
     Parameters
     ----------
-    calibrate, distil
+    evaluate, calibrate, distil
         What a newcomer is coded with besides.
     """
     # How codes were made by a module of the caller's says nothing of how others are coded.
@@ -176,8 +194,21 @@ def options_like(
     if not found or any(other != found[0] for other in found) or found[0][0] == "tall":
         return None
     code, parameters = found[0]
-    alike = {n: parameters[n] for n in _ALIKE if n in parameters}
-    return code_options(code=code, calibrate=calibrate, distil=distil, **alike)
+    alike: dict[str, Any] = {n: parameters[n] for n in _ALIKE if n in parameters}
+    if evaluate:
+        alike["keep"] = parameters.get("keep")
+    return code_options(code=code, evaluate=evaluate, calibrate=calibrate, distil=distil, **alike)
+
+
+def _unscored(catalog: Catalog, options: CodeOptions) -> list[str]:
+    """A remark where tasks were coded by their scores, and newcomers are not."""
+    shares = [(record.parameters or {}).get("keep") for record in catalog.tasks.values()]
+    if not any(shares):
+        return []
+    return [
+        f"the store's tasks keep a share of their score (keep={max(filter(None, shares))}); what "
+        f"is added without keep= and evaluate= may take {options.budget:g} bits a weight"
+    ]
 
 
 def _vector(path: Path, catalog: Catalog, options: CodeOptions | None) -> VectorRecord | None:

@@ -24,8 +24,10 @@ _LEAST_ROWS: Final = 256
 _LEAST_SHARE: Final = 0.9
 
 
-_OTHER: Final = "Is it a fine-tune of this base? Give the base it was trained from"
-_CAST: Final = "Give both as float32, bfloat16 or float16, laid out alike"
+#: Why tensors do not match.
+_ABSENT: Final = "names are absent from the base"
+_SHAPES: Final = "shapes clash"
+_KINDS: Final = "dtypes or layouts clash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,23 +215,33 @@ def _mismatch(
     matched: int,
     total: int,
 ) -> str:
-    absent, shapes, kinds = [], [], []
+    found: dict[str, list[str]] = {_ABSENT: [], _SHAPES: [], _KINDS: []}
+    weights: Counter[str] = Counter()
     for tensor in tensors:
         other = named.get(renamed(tensor.name, prefix))
         if other is None:
-            absent.append(repr(tensor.name))
+            why, shown = _ABSENT, repr(tensor.name)
         elif other.shape != tensor.shape:
-            shapes.append(f"{tensor.name!r} {list(tensor.shape)} against {list(other.shape)}")
+            why, shown = (
+                _SHAPES,
+                f"{tensor.name!r} {list(tensor.shape)} against {list(other.shape)}",
+            )
         elif other.geometry != tensor.geometry:
-            kinds.append(f"{tensor.name!r} {_kind(tensor)} against {_kind(other)}")
-    why, shown, cure = "names are absent from the base", absent, _OTHER
-    if shapes:
-        why, shown = "shapes clash", shapes
-    elif kinds:
-        why, shown, cure = "dtypes or layouts clash", kinds, _CAST
+            why, shown = _KINDS, f"{tensor.name!r} {_kind(tensor)} against {_kind(other)}"
+        else:
+            continue
+        found[why].append(shown)
+        weights[why] += tensor.numel
+    # What holds off most: of a checkpoint in other words, a head of other classes says little.
+    why = max(found, key=lambda each: weights[each])
+    cure = (
+        "Give both as float32, bfloat16 or float16, laid out alike"
+        if why == _KINDS
+        else "Is it a fine-tune of this base? Give the base it was trained from"
+    )
     return (
         f"{label}: only {matched:,} of {total:,} weights match the base; {why}: "
-        f"{', '.join(shown[:3])}. {cure}"
+        f"{', '.join(found[why][:3])}. {cure}"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tallstore.catalog import Catalog
 from tallstore.codecs import Bytes
-from tallstore.coding import Floats, to_float32
+from tallstore.coding import Floats
 from tallstore.decoding import Decoder
 from tallstore.describing import describe
 from tallstore.documents import CODE, Contents
@@ -29,9 +29,8 @@ from tallstore.workers import Workers
 
 __all__ = ["Likeness", "check_original"]
 
-#: An original errs from a task's codes as the task's record says, but for rounding to its dtype,
-#: which in 16 bits may be as much as what fine codes leave.
-_CLOSE: Final = 0.25
+#: By how much of itself a task's error may differ from the recorded one.
+_CLOSE: Final = 0.01
 #: By how much of itself a tensor's distance from the base may differ from the recorded one, which
 #: has six digits, and may come from sums in another order.
 _SAME: Final = 1e-4
@@ -131,8 +130,8 @@ class Likeness:
         segments = _segments(contents, source)
         if segments is None:
             raise MismatchError(
-                f"{source.label}: its tensors are not those of task {name!r} of {snapshot.path}: "
-                f"{why}. {_CURE}"
+                f"{source.label}: {_difference(contents, source)}, other than task {name!r} of "
+                f"{snapshot.path}: {why}. {_CURE}"
             )
         kept = StoreSource(Loader(snapshot, catalog, task=name), label=name)
         for number, parts in enumerate(self.task.parts):
@@ -155,24 +154,20 @@ class Likeness:
         if any(code.arena == arena and code.shared for code in self.task.codes):
             vector = self._decoder.base_and_vector(arena, span)[1]
         codes = self._decoder.codes(arena, span, lambda _, size: np.empty(size, np.uint8))
+        # Over nothing: what the codes are, before the weights are rounded to any dtype.
+        none = np.zeros_like(base)
         seen = span_moves(self.candidate, arena, span, lambda *_: (base, None))
-        dtype = self.candidate.plan.dtypes[arena]
-        predicted = self._decoder.predict(arena, span, base, vector, codes, dtype).copy()
-        actual = to_float32(seen.raw, dtype)
-        given = to_float32(predicted, dtype)
+        given = self._decoder.predict(arena, span, none, vector, codes, "float32").view(np.float32)
         error, moved = 0.0, {}
         for item in seen.held:
             if item.base_segment in self._coded:
                 some = slice(item.start, item.stop)
-                error += _squares(given[some] - actual[some])
+                error += _squares(given[some] - seen.moves[some])
                 moved[item.base_segment] = _squares(seen.moves[some])
         self._sums.append((error, moved))
 
     def check(self) -> None:
-        """Refuse a checkpoint that moved otherwise than the task did, or errs more.
-
-        Less it may err: the record is of codes before they are rounded to 16 bits.
-        """
+        """Refuse a checkpoint that moved otherwise than the task did."""
         moved: dict[int, float] = defaultdict(float)
         for _, some in self._sums:
             for segment, squares in some.items():
@@ -190,7 +185,7 @@ class Likeness:
                     f"that of task {self.candidate.name!r} was {stats.moved:.6g}: it is not the "
                     f"checkpoint that the task was coded from. {_CURE}"
                 )
-        if found - wanted > _CLOSE * max(wanted, 0.05):
+        if abs(found - wanted) > _CLOSE * max(wanted, 0.05):
             raise MismatchError(
                 f"{self.candidate.source.label}: it errs by {found:.3f} from the codes of task "
                 f"{self.candidate.name!r}, the checkpoint that they were made of by {wanted:.3f}: "
@@ -220,6 +215,20 @@ def _segments(contents: Contents, source: Source) -> dict[int, int] | None:
             return None
     alike = all(contents.segments[n] == source.segments[m] for n, m in found.items())
     return found if alike and len(found) == len(contents.segments) else None
+
+
+def _difference(contents: Contents, source: Source) -> str:
+    """In what the tensors of a checkpoint are not a task's."""
+    there = {tensor.name: tensor for tensor in contents.tensors}
+    given = {tensor.name: tensor for tensor in source.tensors}
+    for name in sorted(there.keys() - given.keys()):
+        return f"it has no tensor {name!r}"
+    for name in sorted(given.keys() - there.keys()):
+        return f"it has a tensor {name!r}"
+    for name, tensor in there.items():
+        if (tensor.dtype, tensor.shape) != (given[name].dtype, given[name].shape):
+            return f"its {name!r} is {given[name].dtype} {list(given[name].shape)}"
+    return "its tensors are tied to others, or laid out otherwise"
 
 
 def _equal(one: Source, other: Source, segments: tuple[int, int], start: int, stop: int) -> bool:

@@ -83,7 +83,6 @@ def add(
     OptionError
         A value out of range, or a code that the store cannot take.
     """
-    from tallstore.opening import open_checkpoint
     from tallstore.packing.codeoptions import code_options
 
     place = store_path(path)
@@ -123,17 +122,20 @@ def add(
                 newcomers=_opened(stack, tasks),
                 evaluate=evaluate,
                 exact=exact,
+                replace_tasks=overwrite,
                 timeout=timeout,
                 report=report,
             )
         with TallStore(place, "a", timeout=timeout) as store:
             there = [name for name in tasks if name in store.tasks]
             lossy = [name for name in there if not store.tasks[name].exact]
-            if exact and code is None and not overwrite and lossy and len(lossy) == len(tasks):
+            if exact and code is None and not overwrite and lossy and len(there) == len(tasks):
                 from tallstore.exacttier import restore_exact
 
-                sources = {n: stack.enter_context(open_checkpoint(w)) for n, w in tasks.items()}
-                return restore_exact(place, sources, timeout=timeout, report=report)
+                sources = _opened(stack, {name: tasks[name] for name in lossy})
+                remarks = restore_exact(place, sources, timeout=timeout, report=report)
+                whole = [name for name in there if name not in lossy]
+                return [*remarks, *(f"{name}: has its exact tier already" for name in whole)]
             return store.add(
                 tasks,
                 code=options,

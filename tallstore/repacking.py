@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def repack_store(
     exact: bool | None = None,
     compress: bool = False,
     overwrite: bool = False,
+    replace_tasks: bool = False,
     timeout: float,
     report: Report | None,
 ) -> list[str]:
@@ -63,6 +65,8 @@ def repack_store(
         Checkpoints that tasks were made from: they are compared with what the store has of them.
     newcomers
         Tasks to add on the way.
+    replace_tasks
+        Whether newcomers take the place of tasks of the same name.
     vector_dtype
         None: as it is.
     exact
@@ -93,6 +97,10 @@ def repack_store(
         closing = stack.enter_context(ExitStack())
         closing.callback(snapshot.close)
         catalog = Catalog.from_json(snapshot.manifest.body, what=str(path))
+        if replace_tasks:
+            gone = fresh.keys() & catalog.tasks.keys()
+            there = {n: task for n, task in catalog.tasks.items() if n not in gone}
+            catalog = replace(catalog, tasks=there)
         _check(path, catalog, given, fresh)
         meter = Meter(report)
         with workers() as pool:

@@ -62,6 +62,16 @@ class HeldStore:
     def base(self) -> BaseDocument:
         return read_base(self.snapshot, self.catalog)
 
+    @contextmanager
+    def committed(self) -> Iterator[Snapshot]:
+        """What the store holds by now: `snapshot` is of what it held."""
+        self.environment.handles += 1
+        found = _snapshot(self.environment)
+        try:
+            yield found
+        finally:
+            found.close()
+
 
 @contextmanager
 def held_for_writing(path: Path, *, timeout: float) -> Iterator[HeldStore]:

@@ -157,3 +157,26 @@ def test_masks_are_made_anew_with_scores(tmp_path: Path) -> None:
     tallstore.add(path, {"y": tasks["y"]}, code="tall", evaluate=lambda *_: 0.5)
     with tallstore.open(path) as store:
         assert [task.score for task in store.tasks.values()] == [0.5, 0.5]
+
+
+def test_like_tasks_that_keep_a_share(tmp_path: Path) -> None:
+    def evaluate(task: str, state: State) -> float:
+        return 1.0 - float((state["0.weight"] - TASKS[task]["0.weight"]).norm())
+
+    both, one = tmp_path / "both.tall", tmp_path / "one.tall"
+    options: dict[str, Any] = {"code": "auto", "keep": 0.5, "evaluate": evaluate}
+    tallstore.pack(both, BASE, TASKS, **options)
+    tallstore.pack(one, BASE, {"x": TASKS["x"]}, **options)
+    assert tallstore.add(one, {"y": TASKS["y"]}, evaluate=evaluate) == []
+    assert tried(one, "y") == tried(both, "y")
+    remarks = tallstore.add(one, {"z": TASKS["y"]})
+    assert any("keep=0.5); what is added without keep= and evaluate= may" in r for r in remarks)
+
+
+def test_a_budget_that_small_tensors_exceed(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.tall"
+    base = {f"{n}.w": torch.ones(5) for n in range(60)}
+    task = {name: tensor + 0.1 for name, tensor in base.items()}
+    packed = tallstore.pack(path, base, {"x": task}, code="auto", bits_per_weight=1.0)
+    (added,) = tallstore.add(path, {"y": task})
+    assert [added.replace("y", "x", 1)] == packed

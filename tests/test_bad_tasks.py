@@ -146,6 +146,10 @@ def test_dtypes_and_layouts_that_clash(stored: Stored, tmp_path: Path) -> None:
     other = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in stored.base.items()}
     with refused(MismatchError, "dtypes or layouts clash", "of strides [1, 37] against"):
         tallstore.pack(tmp_path / "z.tall", stored.base, {"b": other})
+    # Not what another head says, which is few of the weights.
+    other["layer.bias"] = torch.ones(3)
+    with refused(MismatchError, "dtypes or layouts clash", "of strides [1, 37] against"):
+        tallstore.pack(tmp_path / "z.tall", stored.base, {"b": other})
     stored.check()
 
 

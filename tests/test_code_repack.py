@@ -11,7 +11,13 @@ from coded_zoo import CODES, coded_zoo, name_of
 from zoo import State, bits
 
 import tallstore
-from tallstore.errors import MismatchError, OptionError, StoreExistsError, UnknownTaskError
+from tallstore.errors import (
+    MismatchError,
+    OptionError,
+    StoreExistsError,
+    TaskExistsError,
+    UnknownTaskError,
+)
 
 few = pytest.mark.parametrize("options", [CODES[n] for n in (0, 1, 5, 13, 19)], ids=name_of)
 
@@ -232,3 +238,73 @@ def test_strip_refuses_what_would_leave_nothing(tmp_path: Path) -> None:
     assert tallstore.strip(path) == ["x"]
     assert as_bytes(tallstore.load(path, task="y")) == as_bytes(tasks["y"])
     assert torch.equal(tallstore.load(path, task="x")["head"], tasks["x"]["head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"code": "tall"},
+        {"code": "signs"},
+        {"code": "seeded"},
+        {"code": "levels", "bits": 1, "over": "shared"},
+        {"code": "levels", "bits": 4, "over": "shared", "vector_dtype": "int4"},
+        {"code": "auto", "bits_per_weight": 0.3},
+        {"code": "auto", "max_error": 0.5},
+    ],
+    ids=name_of,
+)
+def test_originals_that_hardly_moved(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """By about what their dtype resolves: rounded weights err by other amounts than codes."""
+    draw = torch.Generator().manual_seed(0)
+    base = {n: (0.05 * torch.randn(96, 128, generator=draw)).to(dtype) for n in "abc"}
+    step = {torch.bfloat16: 3e-5, torch.float16: 1e-5, torch.float32: 3e-9}[dtype]
+    tasks = {
+        name: {
+            n: (t.float() + step * torch.randn(t.shape, generator=draw)).to(dtype)
+            for n, t in base.items()
+        }
+        for name in ("x", "y")
+    }
+    path = tmp_path / "zoo.tall"
+    tallstore.pack(path, base, tasks, **options)
+    for name in tasks:
+        tallstore.add(path, {name: tasks[name]}, exact=True)
+    tallstore.strip(path)
+    with pytest.raises(MismatchError, match="name of its own"):
+        tallstore.repack(path, code="levels", originals={"x": tasks["y"], "y": tasks["x"]})
+    tallstore.repack(path, code="levels", originals=tasks)
+    assert kept(path) == dict.fromkeys(tasks, ("levels", False))
+
+
+def test_what_an_original_has_otherwise(tmp_path: Path, exact: Path) -> None:
+    _, tasks = coded_zoo()
+    one = dict(tasks["x"])
+    for other, said in (
+        ({n: t for n, t in one.items() if n != "b"}, "it has no tensor 'b'"),
+        ({**one, "more": torch.ones(2)}, "it has a tensor 'more'"),
+        ({**one, "b": one["b"].half()}, r"its 'b' is float16 \[33, 65\]"),
+        ({**one, "a": one["a"].t().contiguous().t()}, "tied to others, or laid out otherwise"),
+    ):
+        with pytest.raises(MismatchError, match=f"{said}, other than task 'x'"):
+            tallstore.repack(exact, code="levels", originals={"x": other})
+
+
+def test_a_task_is_replaced_among_masks(tmp_path: Path, exact: Path) -> None:
+    _, tasks = coded_zoo()
+    other = {name: t * 1.5 if t.is_floating_point() else t for name, t in tasks["x"].items()}
+    with pytest.raises(TaskExistsError, match="'x' already"):
+        tallstore.add(exact, {"x": other}, code="tall", exact=True)
+    tallstore.add(exact, {"x": other}, code="tall", exact=True, overwrite=True)
+    assert kept(exact) == dict.fromkeys(tasks, ("tall", True))
+    found = tallstore.load(exact, task="x")
+    assert as_bytes(found) == as_bytes(other)
+
+
+def test_exact_tiers_of_those_that_have_none(exact: Path) -> None:
+    _, tasks = coded_zoo()
+    tallstore.strip(exact, ["x"])
+    assert tallstore.add(exact, tasks, exact=True) == ["y: has its exact tier already"]
+    assert kept(exact) == dict.fromkeys(tasks, ("tall", True))

@@ -90,8 +90,19 @@ def test_levels_over_a_shared_vector() -> None:
 
 def test_fewer_levels_where_fewer_magnitudes_occur() -> None:
     moves = np.array([0, 1, -1, 1, 3, -3], np.float32)
-    assert fit_magnitudes(histogram(moves), 8) == (1.0, 3.0)
+    assert fit_magnitudes(histogram(moves), 8) == (0.0, 1.0, 3.0)
     assert fit_magnitudes(histogram(np.zeros(9, np.float32)), 4) == ()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("share", [1e-4, 1e-2, 0.3])
+def test_weights_that_did_not_move_stay_near(count: int, share: float) -> None:
+    moves = draw(20_000, 1) * (np.random.default_rng(2).random(20_000) < share)
+    moves[7] = 1.0
+    levels = np.array(fit_magnitudes(histogram(moves), count))
+    assert levels[0] < 0.25 * np.abs(moves).max()
+    nearest = np.abs(np.abs(moves)[:, None] - levels).min(1)
+    assert np.linalg.norm(nearest) < 0.6 * np.linalg.norm(moves)
 
 
 def test_signed_levels() -> None:

@@ -27,9 +27,9 @@ def fit_magnitudes(found: Magnitudes, count: int) -> tuple[float, ...]:
     tuple of float
         float32 numbers; empty where nothing moved.
     """
-    there = (found.weight > 0) & (found.product > 0)
+    there = found.weight > 0
     weight, product = found.weight[there], found.product[there]
-    if not weight.size:
+    if not product.any():
         return ()
     center = product / weight
     # Bins that hold the same share of the movement each: a start that no outlier pulls away.

@@ -216,7 +216,9 @@ class Calibration:
             for part, training, parameters, buffers in parts:
                 part.training = training
                 if not isinstance(part, torch.jit.ScriptModule):  # whose are fixed
+                    part._parameters.clear()
                     part._parameters.update(parameters)
+                    part._buffers.clear()
                     part._buffers.update(buffers)
             with torch.no_grad():
                 for tensor, was in kept:
