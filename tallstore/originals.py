@@ -129,9 +129,16 @@ class Likeness:
         why = "it is not the checkpoint that the task was made from"
         segments = _segments(contents, source)
         if segments is None:
+            difference = _difference(contents, source)
+            if difference is None:
+                raise MismatchError(
+                    f"{source.label}: its tensors are those of task {name!r} of {snapshot.path}, "
+                    "but others of them are tied, or laid out otherwise; give it in the form that "
+                    "the task was made from"
+                )
             raise MismatchError(
-                f"{source.label}: {_difference(contents, source)}, other than task {name!r} of "
-                f"{snapshot.path}: {why}. {_CURE}"
+                f"{source.label}: {difference}, other than task {name!r} of {snapshot.path}: "
+                f"{why}. {_CURE}"
             )
         kept = StoreSource(Loader(snapshot, catalog, task=name), label=name)
         for number, parts in enumerate(self.task.parts):
@@ -214,21 +221,23 @@ def _segments(contents: Contents, source: Source) -> dict[int, int] | None:
         if same != tensor or found.setdefault(tensor.segment, other.segment) != other.segment:
             return None
     alike = all(contents.segments[n] == source.segments[m] for n, m in found.items())
-    return found if alike and len(found) == len(contents.segments) else None
+    # As many segments as there are: what is tied there is tied here, and nothing else.
+    whole = len(found) == len(contents.segments) == len(set(found.values()))
+    return found if alike and whole else None
 
 
-def _difference(contents: Contents, source: Source) -> str:
-    """In what the tensors of a checkpoint are not a task's."""
+def _difference(contents: Contents, source: Source) -> str | None:
+    """In what the tensors of a checkpoint are not a task's; None: in their layout alone."""
     there = {tensor.name: tensor for tensor in contents.tensors}
     given = {tensor.name: tensor for tensor in source.tensors}
     for name in sorted(there.keys() - given.keys()):
-        return f"it has no tensor {name!r}"
+        return f"it has no tensor {name!r}, or has it tied to another"
     for name in sorted(given.keys() - there.keys()):
-        return f"it has a tensor {name!r}"
+        return f"it has a tensor {name!r} of its own"
     for name, tensor in there.items():
         if (tensor.dtype, tensor.shape) != (given[name].dtype, given[name].shape):
             return f"its {name!r} is {given[name].dtype} {list(given[name].shape)}"
-    return "its tensors are tied to others, or laid out otherwise"
+    return None
 
 
 def _equal(one: Source, other: Source, segments: tuple[int, int], start: int, stop: int) -> bool:

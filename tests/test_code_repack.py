@@ -283,13 +283,33 @@ def test_what_an_original_has_otherwise(tmp_path: Path, exact: Path) -> None:
     _, tasks = coded_zoo()
     one = dict(tasks["x"])
     for other, said in (
-        ({n: t for n, t in one.items() if n != "b"}, "it has no tensor 'b'"),
-        ({**one, "more": torch.ones(2)}, "it has a tensor 'more'"),
+        (
+            {n: t for n, t in one.items() if n != "b"},
+            "it has no tensor 'b', or has it tied to another",
+        ),
+        ({**one, "more": torch.ones(2)}, "it has a tensor 'more' of its own"),
         ({**one, "b": one["b"].half()}, r"its 'b' is float16 \[33, 65\]"),
-        ({**one, "a": one["a"].t().contiguous().t()}, "tied to others, or laid out otherwise"),
     ):
         with pytest.raises(MismatchError, match=f"{said}, other than task 'x'"):
             tallstore.repack(exact, code="levels", originals={"x": other})
+    turned = {**one, "a": one["a"].t().contiguous().t()}
+    with pytest.raises(MismatchError, match="tied, or laid out otherwise; give it in the form"):
+        tallstore.repack(exact, code="levels", originals={"x": turned})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_original_with_other_ties(tmp_path: Path, tied: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    path, base = tmp_path / "zoo.tall", torch.randn(60, 40, generator=draw)
+    task = base + 0.1 * torch.randn(60, 40, generator=draw)
+    forms = [{"in": task, "out": task}, {"in": task, "out": task.clone()}]
+    one, other = forms if tied else forms[::-1]
+    tallstore.pack(path, {"in": base, "out": base.clone()}, {"x": one}, code="signs")
+    with pytest.raises(MismatchError, match=r"tied to another|of its own, other than"):
+        tallstore.repack(path, code="levels", originals={"x": other})
+    with pytest.raises(MismatchError, match=r"tied to another|of its own, other than"):
+        tallstore.add(path, {"x": other}, exact=True)
+    tallstore.repack(path, code="levels", originals={"x": one})
 
 
 def test_a_task_is_replaced_among_masks(tmp_path: Path, exact: Path) -> None:
