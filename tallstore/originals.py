@@ -186,13 +186,13 @@ class Likeness:
             if stats.segment not in moved:
                 continue
             norm = math.sqrt(moved[stats.segment])
-            if abs(norm - stats.moved) > _SAME * stats.moved:
+            if not abs(norm - stats.moved) <= _SAME * stats.moved:  # nor NaN
                 raise MismatchError(
                     f"{self.candidate.source.label}: a tensor of it is {norm:.6g} from the base, "
                     f"that of task {self.candidate.name!r} was {stats.moved:.6g}: it is not the "
                     f"checkpoint that the task was coded from. {_CURE}"
                 )
-        if abs(found - wanted) > _CLOSE * max(wanted, 0.05):
+        if not abs(found - wanted) <= _CLOSE * max(wanted, 0.05):
             raise MismatchError(
                 f"{self.candidate.source.label}: it errs by {found:.3f} from the codes of task "
                 f"{self.candidate.name!r}, the checkpoint that they were made of by {wanted:.3f}: "

@@ -105,7 +105,8 @@ def test_only_the_original_stands_in_for_a_task(
     before = path.read_bytes()
     one = {name: tensor.clone() for name, tensor in tasks["x"].items()}
     one["b"][3, 5] += 1
-    for other in (one, tasks["y"], {**tasks["x"], "more": torch.ones(2)}):
+    none = {**one, "b": one["b"].clone().fill_(torch.nan)}
+    for other in (one, none, tasks["y"], {**tasks["x"], "more": torch.ones(2)}):
         with pytest.raises(MismatchError, match="name of its own"):
             tallstore.repack(path, code="levels", originals={**tasks, "x": other})
         assert path.read_bytes() == before
