@@ -231,8 +231,9 @@ def pack(
         unless `merge` says otherwise.
     gain
         How long the coded task vector is made, by tensor. ``"unbiased"``: its projection on the
-        task vector is the task vector's own. ``"norm"``: as long as the task vector. ``"ls"``: of
-        least error, which is too short, and costs accuracy.
+        task vector is the task vector's own, but for seeded values of which none moved much: they
+        are made longer by twice their stride at most. ``"norm"``: as long as the task vector.
+        ``"ls"``: of least error, which is too short, and costs accuracy.
     seed
         Of the hash, below 2**32.
     bits_per_weight, max_error, keep

@@ -57,11 +57,11 @@ def test_no_torch_is_imported(zoo: Path, args: list[str]) -> None:
 
 _SLOW = """
 import time
-from tallstore.packing import pack
+from tallstore.packing import newstore
 def stuck(*args, **options):
     print("packing", flush=True)
     time.sleep(60)
-pack.encode_tasks = stuck
+newstore.encode_tasks = stuck
 from tallstore.cli import main
 main()
 """
