@@ -53,15 +53,16 @@ def check_original(
     Parameters
     ----------
     progress
-        Called with how many bytes of the base were gone through since the last call.
+        Called with how many bytes were gone through since the last call.
 
     Raises
     ------
     MismatchError
     """
     likeness = Likeness(snapshot, catalog, name, source)
-    if catalog.tasks[name].exact:
-        return  # all of it was compared
+    if catalog.tasks[name].exact:  # all of it was compared
+        progress(catalog.tasks[name].nbytes)
+        return
     decoder = Decoder(snapshot, likeness.base)
 
     def add(item: tuple[int, int]) -> None:

@@ -66,7 +66,7 @@ def test_of_tensors_and_of_the_task(tmp_path: Path, options: dict[str, Any], gai
                     assert stats.density == pytest.approx(touched, rel=1e-5)
                 if options["code"] == "auto" and stats.density == 0:
                     assert stats.gain == 0 and stats.relative_error == 1  # left as it was
-                elif gain == "unbiased" and options["code"] == "seeded" and moved.numel() < 1000:
+                elif gain == "unbiased" and options["code"] == "seeded" and moved.numel() < 100:
                     # Where the weights that are picked hardly moved, others are not made up for.
                     assert stats.gain is not None and 0 < stats.gain < 1 + 2e-5
                 elif gain == "unbiased":

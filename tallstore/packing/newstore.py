@@ -174,10 +174,8 @@ class NewStore:
         exact: bool,
     ) -> list[str]:
         """Survey the tasks, and write them with codes of other kinds; returns remarks."""
-        with self._reading() as (snapshot, _, document, vector):
-            targets, notes = self._targets(
-                snapshot, document, vector, options, evaluate, calibrate, exact=exact
-            )
+        targets, notes = self.targets(options, evaluate, calibrate, exact=exact)
+        with self._reading() as (snapshot, *_):
             catalog = self._write(snapshot, targets, tall_span)
         if options.budget is not None and options.keep is None:
             with self._snapshot() as written:
@@ -194,39 +192,24 @@ class NewStore:
         *,
         exact: bool,
     ) -> tuple[list[Target], list[str]]:
-        """What `codes` would write, and remarks."""
-        with self._reading() as (snapshot, _, document, vector):
-            return self._targets(
-                snapshot, document, vector, options, evaluate, calibrate, exact=exact
-            )
-
-    def _targets(
-        self,
-        snapshot: Snapshot,
-        document: BaseDocument,
-        vector: VectorRecord | None,
-        options: CodeOptions,
-        evaluate: Evaluate | None,
-        calibrate: Calibrate | None,
-        *,
-        exact: bool,
-    ) -> tuple[list[Target], list[str]]:
-        planner = Planner(
-            snapshot, document, vector, options, workers=self._pool, meter=self._meter
-        )
+        """What `codes` writes, and remarks."""
         tried = evaluate is not None or calibrate is not None
-        trial = _Trial(self, snapshot, evaluate) if tried else None
         targets, notes = [], []
-        for candidate in self._candidates:
-            target, remarks = planner.target(
-                candidate,
-                exact=exact,
-                trial=trial,
-                scored=evaluate is not None,
-                calibrate=calibrate,
+        with self._reading() as (snapshot, _, document, vector):
+            planner = Planner(
+                snapshot, document, vector, options, workers=self._pool, meter=self._meter
             )
-            targets.append(target)
-            notes += remarks
+            trial = _Trial(self, snapshot, evaluate) if tried else None
+            for candidate in self._candidates:
+                target, remarks = planner.target(
+                    candidate,
+                    exact=exact,
+                    trial=trial,
+                    scored=evaluate is not None,
+                    calibrate=calibrate,
+                )
+                targets.append(target)
+                notes += remarks
         return targets, notes
 
     def trial(self, snapshot: Snapshot, target: Target) -> Any:

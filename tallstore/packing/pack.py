@@ -18,10 +18,7 @@ from tallstore.layout import lay_out
 from tallstore.matching import match
 from tallstore.merging import MergeRule, Profile, merge_rule
 from tallstore.packing.calibrating import Calibrate
-from tallstore.packing.choosing import (
-    Evaluate,
-    check_lambdas,
-)
+from tallstore.packing.choosing import Evaluate, check_lambdas
 from tallstore.packing.codeoptions import CodeOptions
 from tallstore.packing.encodings import policy
 from tallstore.packing.gathering import Candidate
